@@ -1,0 +1,82 @@
+"""Complete or not at all: a checkpoint counts only once its manifest is written, after everything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+__all__ = ["latest_complete", "verify", "write_manifest"]
+
+_MANIFEST = "manifest.json"
+
+
+def write_manifest(checkpoint: str | Path) -> None:
+    """Declare a checkpoint folder complete: the size of every file, written last and in one move.
+
+    Args:
+        checkpoint (`str` or `Path`): folder whose files are all on disk.
+    """
+    folder = Path(checkpoint)
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    sizes.pop(_MANIFEST, None)
+    temporary = folder / f"{_MANIFEST}.tmp"
+    with open(temporary, "w") as file:
+        json.dump(sizes, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / _MANIFEST)
+
+
+def verify(checkpoint: str | Path) -> None:
+    """Check that a checkpoint is there, complete and as long as when it was written.
+
+    Args:
+        checkpoint (`str` or `Path`): folder `checkpoint-N` of a run of this library.
+
+    Raises:
+        ValueError: naming the folder, what is wrong and which checkpoint to use instead.
+    """
+    folder = Path(checkpoint)
+    problem = _problem(folder)
+    if problem is None:
+        return
+    other = latest_complete(folder.parent) if folder.parent.is_dir() else None
+    way_out = f"resume from {other} instead" if other else "start again without --resume_from_checkpoint"
+    raise ValueError(f"cannot resume from {str(folder)!r}: {problem}; {way_out}")
+
+
+def latest_complete(output_dir: str | Path) -> str | None:
+    """Find the newest complete checkpoint of a run.
+
+    Args:
+        output_dir (`str` or `Path`): the run's output folder.
+
+    Returns:
+        `str` or `None`: path of the checkpoint with the highest step that passes `verify`.
+    """
+    root = Path(output_dir)
+    found = [p for p in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)] if root.is_dir() else []
+    for folder in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        if _problem(folder) is None:
+            return str(folder)
+    return None
+
+
+def _problem(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        sizes = json.loads((folder / _MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"it has no {_MANIFEST}, so writing it was cut off (or it is no checkpoint of a training run)"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return f"its {_MANIFEST} is damaged"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"the file {name} is missing"
+        if path.stat().st_size != size:
+            return f"the file {name} has {path.stat().st_size} bytes where {size} were written"
+    return None

@@ -1,0 +1,225 @@
+"""Command lines: dataclasses become flags, YAML keys become their defaults, unknown keys are errors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_robust.attacks import PGD, parse_budget
+from hf_robust.objectives import Objective, load_objective, objective_names
+from hf_robust.training_args import RobustTrainingArguments
+
+__all__ = ["DataArguments", "ModelArguments", "PretrainRun", "parse_pretrain"]
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from."""
+
+    dataset_name: str = field(
+        default="digits", metadata={"help": "Hub id, folder of parquet/arrow/images, or the embedded digits."}
+    )
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: None | str = field(
+        default="test", metadata={"help": "Labelled split for the linear probe; skipped when the set has none."}
+    )
+    image_column: None | str = field(default=None, metadata={"help": "Image column; found by type when unset."})
+    label_column: None | str = field(default=None, metadata={"help": "Label column; found by type when unset."})
+    image_size: None | int = field(
+        default=None, metadata={"help": "Side of the square views in pixels; default: the backbone's own."}
+    )
+    max_examples: None | int = field(default=None, metadata={"help": "Train on a (stratified) subset of this size."})
+    on_error: Literal["raise", "skip"] = field(
+        default="raise", metadata={"help": "Corrupt images: raise (naming the row) or skip (and count)."}
+    )
+    interpolation: Literal["bicubic", "bilinear"] = field(
+        default="bicubic", metadata={"help": "Crop resampling: bicubic (ACL, AIR, RCS), bilinear (official DynACL)."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """What is trained, and against which method it is shown."""
+
+    backbone: str = field(default="resnet18_cifar", metadata={"help": "Any timm architecture, or one of ours."})
+    model_args: str = field(
+        default="{}", metadata={"help": "JSON passed to the architecture, e.g. '{\"channels\": [16, 32, 64, 128]}'."}
+    )
+    projector_layers: int = field(default=3, metadata={"help": "Layers of the projection head; published: 3."})
+    normalize: bool = field(
+        default=True, metadata={"help": "ImageNet mean/std as first layer of the model, as published for ResNet-18."}
+    )
+    contrast: Literal["simclr", "none"] = field(
+        default="none", metadata={"help": "Also train SimCLR with the same budget and show both in one table."}
+    )
+
+
+@dataclass
+class PretrainRun:
+    """Everything `examples/pretrain.py` needs, parsed and checked.
+
+    Args:
+        data ([`DataArguments`]): images.
+        model ([`ModelArguments`]): network.
+        objective ([`Objective`]): the method with its hyper-parameters.
+        attack ([`PGD`]): the training attack.
+        training ([`RobustTrainingArguments`]): training knobs.
+    """
+
+    data: DataArguments
+    model: ModelArguments
+    objective: Objective
+    attack: PGD
+    training: RobustTrainingArguments
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """`--model_args` as a dictionary."""
+        return json.loads(self.model.model_args)
+
+
+def parse_pretrain(
+    argv: Sequence[str] | None = None, *, default_config: str | Path | None = None, description: str | None = None
+) -> PretrainRun:
+    """Parse the flags of `examples/pretrain.py`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): arguments; default: those of the process.
+        default_config (`str` or `Path`, *optional*): YAML used when neither `--config` nor `--dataset_name` is given.
+        description (`str`, *optional*): first lines of `--help`.
+
+    Returns:
+        [`PretrainRun`]: the run. Errors print one line to stderr and exit with status 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--objective")
+    first.add_argument("--base")
+    first.add_argument("--dataset_name")
+    chosen, _ = first.parse_known_args(argv)
+    config = chosen.config or (str(default_config) if default_config and not chosen.dataset_name else None)
+    values = _read_yaml(first, config) if config else {}
+    name = chosen.objective or values.pop("objective", "acl")
+    base = chosen.base or values.pop("base", None)
+    values.pop("objective", None)
+    values.pop("base", None)
+    try:
+        objective_type = load_objective(name)
+        base_type = load_objective(base or "acl") if _has_base(objective_type) else None
+        if base and base_type is None:
+            raise ValueError(f"--base {base} has no meaning for {name}: only methods such as air stand on another")
+    except ValueError as error:
+        first.error(str(error))
+    types = [t for t in (DataArguments, ModelArguments, objective_type, base_type, PGD, RobustTrainingArguments) if t]
+    parser = _parser(types, description)
+    _set_defaults(parser, values, config)
+    namespace = vars(parser.parse_args(argv))
+    try:
+        return _build(namespace, objective_type, base_type)
+    except (ValueError, TypeError, ImportError) as error:
+        parser.error(str(error))
+
+
+def _build(values: dict[str, Any], objective_type: type[Objective], base_type: type[Objective] | None) -> PretrainRun:
+    nested = {"base": _take(base_type, values)} if base_type else {}
+    model = _take(ModelArguments, values)
+    if not isinstance(model.model_args, str):
+        model.model_args = json.dumps(model.model_args)
+    try:
+        parsed = json.loads(model.model_args)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--model_args must be JSON, got {model.model_args!r} ({error})") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"--model_args must be a JSON object such as '{{}}', got {model.model_args!r}")
+    return PretrainRun(
+        data=_take(DataArguments, values),
+        model=model,
+        objective=_take(objective_type, values, **nested),
+        attack=_take(PGD, values),
+        training=_take(RobustTrainingArguments, values),
+    )
+
+
+def _take(kind: type[Any], values: dict[str, Any], **extra: Any) -> Any:
+    names = {f.name for f in dataclasses.fields(kind) if f.init} & values.keys() - extra.keys()
+    return kind(**{name: values[name] for name in names}, **extra)
+
+
+def _has_base(kind: type[Objective]) -> bool:
+    return any(f.name == "base" for f in dataclasses.fields(kind))
+
+
+def _parser(types: Sequence[type[Any]], description: str | None) -> argparse.ArgumentParser:
+    parser = HfArgumentParser(
+        [_without_base(t) for t in types],
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    known = ", ".join(objective_names())
+    parser.add_argument("--config", help="YAML file whose keys are these flags; flags override it.")
+    parser.add_argument("--objective", default="acl", help=f"Method: {known}.")
+    parser.add_argument("--base", help="Method that air regularises: acl (default) or dynacl.")
+    for action in parser._actions:
+        if action.dest in ("eps", "step_size"):
+            action.type = parse_budget  # argparse's float would refuse 8/255
+            action.default = _fraction(action.default)
+    return parser
+
+
+def _without_base(kind: type[Any]) -> Any:
+    """The dataclass as the parser should see it: a nested objective is given by `--base` and flags of its own."""
+    if not any(f.name == "base" for f in dataclasses.fields(kind)):
+        return kind
+    fields = [(f.name, f.type, f) for f in dataclasses.fields(kind) if f.name != "base"]
+    copies = [(n, t, field(default=f.default, metadata=f.metadata)) for n, t, f in fields]
+    view = dataclasses.make_dataclass(kind.__name__, copies)
+    view.__module__ = kind.__module__  # where the annotations are resolved
+    view.__doc__ = kind.__doc__
+    return view
+
+
+def _fraction(budget: float) -> str:
+    levels = budget * 255
+    return f"{levels:g}/255" if abs(levels - round(levels)) < 1e-9 else str(budget)
+
+
+def _read_yaml(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        parser.error(f"cannot read --config {path}: {error.strerror}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config {path} is not valid YAML: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path} must hold 'flag: value' lines, got {type(values).__name__}")
+    return dict(values)
+
+
+def _set_defaults(parser: argparse.ArgumentParser, values: dict[str, Any], path: str | None) -> None:
+    known = {action.dest: action for action in parser._actions}
+    unknown = sorted(set(values) - known.keys())
+    if unknown:
+        import difflib
+
+        hints = [f"{u!r} (did you mean {m[0]!r}?)" if (m := difflib.get_close_matches(u, known, 1)) else repr(u) for u in unknown]
+        parser.error(f"unknown key in {path}: {', '.join(hints)}; keys are the flags listed by --help")
+    for key, value in values.items():
+        action = known[key]
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)  # argparse converts text with the flag's own type
+        if action.choices is not None and value not in action.choices:
+            parser.error(f"{key} in {path} must be one of {list(action.choices)}, got {value!r}")
+        parser.set_defaults(**{key: value})

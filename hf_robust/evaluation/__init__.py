@@ -1,0 +1,1 @@
+"""Evaluation room: linear probe, attacked accuracy and pictures."""

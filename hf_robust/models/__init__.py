@@ -1,0 +1,1 @@
+"""Model room: norm branches, timm architectures, pre-training model and released encoder."""

@@ -1,0 +1,94 @@
+"""The contract of an objective: what it needs, and the named loss terms it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from hf_robust.attacks import LossFn
+
+__all__ = ["Objective", "StepContext"]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the trainer hands to an objective beside model and batch.
+
+    Args:
+        attack (`Callable[[LossFn, Tensor], Tensor]`): the training attack, ready to use: the model is frozen around
+            it, autocast and the step's own random generator are set.
+        progress (`float`): training progress in [0, 1], the only clock; weights and strength are functions of it.
+        teacher (`nn.Module`, *optional*): the second network of methods that declare `teacher_kind`.
+    """
+
+    attack: Callable[[LossFn, Tensor], Tensor]
+    progress: float = 0.0
+    teacher: Any = None
+
+
+@dataclass
+class Objective:
+    """Base class of all methods: a dataclass whose fields are its hyper-parameters, flags and card entry.
+
+    It owns no parameters and keeps no model. Class attributes declare what it needs:
+
+    - `views`: keys of the batch it reads (`"view_1"`, `"view_2"`, `"original"`);
+    - `norm_branches`: normalisation branches it runs images through; must equal the encoder's;
+    - `trains`: `"all"` or `"classifier"`;
+    - `attack_in_eval_mode`: whether the attack sees the network in evaluation mode;
+    - `teacher_kind`: `None`, `"frozen"` or `"ema"` (the trainer builds, updates, saves and exports it);
+    - `citation`: BibTeX of the method, for the model card.
+    """
+
+    views: ClassVar[tuple[str, ...]] = ("view_1", "view_2")
+    trains: ClassVar[str] = "all"
+    attack_in_eval_mode: ClassVar[bool] = True
+    citation: ClassVar[str] = ""
+
+    @property
+    def norm_branches(self) -> tuple[str, ...]:
+        """Branches this configuration uses, in the order clean, adv."""
+        return ("clean", "adv")
+
+    @property
+    def teacher_kind(self) -> str | None:
+        """Kind of second network: none by default."""
+        return None
+
+    @property
+    def title(self) -> str:
+        """Name in tables and cards, in the paper's spelling."""
+        return type(self).__name__
+
+    def strength(self, progress: float) -> float:
+        """Augmentation strength at a training progress; 1 is the published SimCLR pipeline.
+
+        Args:
+            progress (`float`): in [0, 1].
+
+        Returns:
+            `float` in [0, 1].
+        """
+        return 1.0
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor], context: StepContext) -> dict[str, Tensor]:
+        """Compute the weighted loss terms of one batch; the trainer sums and logs them.
+
+        Args:
+            model (`nn.Module`): the (possibly wrapped) pre-training model; called exactly once per step, as
+                `model([(branch, images), ...])`, so that distributed wrappers see one forward pass.
+            batch (`dict[str, torch.Tensor]`): the views, `(N, 3, H, W)` each, pixels in [0, 1].
+            context (`StepContext`): attack, progress, teacher.
+
+        Returns:
+            `dict[str, torch.Tensor]`: named scalars whose sum is the loss.
+        """
+        raise NotImplementedError
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside a distributed wrapper, where `embed` lives."""
+    return getattr(model, "module", model)

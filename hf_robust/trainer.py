@@ -1,0 +1,407 @@
+"""The one trainer: `transformers.Trainer` with an objective, an attack and the published bookkeeping."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer import rotate_checkpoints
+
+from hf_robust import checkpoints
+from hf_robust.attacks import PGD, LossFn, frozen
+from hf_robust.callbacks import MethodCallback, average_buffers, update_ema
+from hf_robust.data import EpochSampler, ImageDataset, collate_images
+from hf_robust.evaluation.probe import ProbeResult, probe_encoder
+from hf_robust.hub import save_encoder
+from hf_robust.objectives import Objective, StepContext
+from hf_robust.optim import LARS, warmup_cosine
+from hf_robust.training_args import RobustTrainingArguments
+from hf_robust.views import Views
+
+__all__ = ["RobustPretrainer", "RobustTrainer"]
+
+_TEACHER_FILE = "teacher.safetensors"
+
+
+class RobustTrainer(Trainer):
+    """Trainer for methods that are objectives: named loss terms, one attack, exact resume.
+
+    Every random number of a step (views, attack starts) comes from a generator seeded by (seed, step, micro-step,
+    rank), so that a resumed run repeats an uninterrupted one bit by bit, whatever happened in between.
+
+    Args:
+        model (`PreTrainedModel`): what trains.
+        args ([`RobustTrainingArguments`]): training knobs.
+        objective ([`Objective`]): the method.
+        attack ([`PGD`], *optional*): the training attack; default: the published one.
+        train_dataset ([`ImageDataset`]): uint8 images.
+        kwargs: passed on to `transformers.Trainer`.
+
+    Raises:
+        ValueError: if objective and model disagree on norm branches, or the batch is larger than the data set.
+    """
+
+    loss_is_scaled_for_ga = False  # every micro-batch is a mean of its own; the stock code then divides
+
+    def __init__(
+        self,
+        model: Any,
+        args: RobustTrainingArguments,
+        objective: Objective,
+        attack: PGD | None = None,
+        train_dataset: ImageDataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_branches(model, objective)
+        if args.world_size > 1:
+            # Otherwise the last batch repeats images on some rank: false negatives of a contrastive loss.
+            args.dataloader_drop_last = True
+        if train_dataset is not None:
+            _check_batch(args, len(train_dataset))
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_images, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.objective = objective
+        self.attack = attack if attack is not None else PGD()
+        self.sampler: EpochSampler | None = None
+        self.teacher = self._build_teacher()
+        self._terms: dict[str, Tensor] = {}
+        self._recorded = 0
+        self._broken = torch.zeros((), dtype=torch.bool, device=self.args.device)
+        self._micro_step = (-1, 0)
+        if args.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.add_callback(MethodCallback(self))
+
+    # ------------------------------------------------------------------ one step
+    @property
+    def progress(self) -> float:
+        """Training progress in [0, 1], the only clock of objectives."""
+        return min(1.0, self.state.global_step / self.state.max_steps) if self.state.max_steps > 0 else 0.0
+
+    def prepare_batch(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Turn a collated batch into what the objective reads; subclasses make views."""
+        return inputs
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Make views, attack them and sum the objective's terms (see `Trainer.compute_loss`)."""
+        generator = self._step_generator()
+        with torch.no_grad():
+            batch = self.prepare_batch(inputs, generator)
+        context = StepContext(self._training_attack(generator), self.progress, self.teacher)
+        terms = self.objective(model, batch, context)
+        loss = torch.stack(list(terms.values())).sum()
+        self._record(terms, loss)
+        return (loss, terms) if return_outputs else loss
+
+    def _step_generator(self) -> torch.Generator:
+        step, micro = self._micro_step
+        self._micro_step = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 0)
+        step, micro = self._micro_step
+        # hashed, so that (seed 1, step 0) is not (seed 0, step 1)
+        name = f"{self.args.seed}/{step}/{micro}/{self.args.process_index}".encode()
+        seed = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest())
+        return torch.Generator(self.args.device).manual_seed(seed)
+
+    def _training_attack(self, generator: torch.Generator) -> Callable[[LossFn, Tensor], Tensor]:
+        module = self.accelerator.unwrap_model(self.model)
+        # In half precision the gradient of a mean over a large batch underflows; the attack ignores its scale.
+        scale = 1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0
+
+        def attack(loss_fn: LossFn, x: Tensor) -> Tensor:
+            def scaled(images: Tensor) -> Tensor:
+                with self.accelerator.autocast():
+                    return loss_fn(images) * scale
+
+            networks = nn.ModuleList([n for n in (module, self.teacher) if n is not None])
+            with frozen(networks, eval_mode=self.objective.attack_in_eval_mode):
+                return self.attack(scaled, x, generator=generator)
+
+        return attack
+
+    # ------------------------------------------------------------------ sampler, optimiser, schedule
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self.sampler = EpochSampler(len(dataset), seed)
+        return self.sampler
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the optimiser over all trainable tensors (adamw: no decay on vectors and biases)."""
+        if self.optimizer is None:
+            args = self.args
+            params = [p for p in (model or self.model).parameters() if p.requires_grad]
+            if args.optimizer == "lars":
+                self.optimizer = LARS(params, args.learning_rate, args.momentum, args.weight_decay)
+            elif args.optimizer == "sgd":
+                nesterov = args.momentum > 0
+                self.optimizer = torch.optim.SGD(
+                    params, args.learning_rate, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov
+                )
+            else:
+                groups = [
+                    {"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay},
+                    {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+                ]
+                betas = (args.adam_beta1, args.adam_beta2)
+                self.optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the warm-up and cosine schedule in fractional epochs; see `optim.warmup_cosine`."""
+        if self.lr_scheduler is None:
+            args = self.args
+            per_epoch = _steps_per_epoch(args, len(self.train_dataset))
+
+            def multiplier(step: int) -> float:
+                epoch = (step + 1) / per_epoch
+                if args.lr_granularity == "epoch":
+                    index = step // per_epoch
+                    epoch = index + 1 if index < args.warmup_epochs else index
+                rate = warmup_cosine(
+                    epoch,
+                    base_lr=args.learning_rate,
+                    warmup_epochs=args.warmup_epochs,
+                    epochs=num_training_steps / per_epoch,
+                    min_lr=args.min_learning_rate,
+                )
+                return rate / args.learning_rate if args.learning_rate else 0.0
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, multiplier)
+        return self.lr_scheduler
+
+    # ------------------------------------------------------------------ hooks of MethodCallback
+    def start_epoch(self, epoch: int) -> None:
+        """Tell the sampler its epoch (Accelerate's own call gets lost after a resume with several processes)."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
+
+    def before_step(self) -> None:
+        """Move the momentum encoder, before the optimiser step as released."""
+        if self.teacher is not None:
+            student = self.accelerator.unwrap_model(self.model)
+            update_ema(self.teacher, student, self.objective.ema_decay)  # type: ignore[attr-defined]
+
+    def after_step(self) -> None:
+        """Share norm statistics between processes."""
+        average_buffers(self.accelerator.unwrap_model(self.model))
+        if self.teacher is not None:
+            average_buffers(self.teacher)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Nothing here; subclasses probe."""
+
+    def _build_teacher(self) -> Any:
+        if self.objective.teacher_kind is None:
+            return None
+        teacher = copy.deepcopy(self.model).requires_grad_(False).to(self.args.device)
+        return teacher.train()
+
+    # ------------------------------------------------------------------ log and stop
+    def _record(self, terms: dict[str, Tensor], loss: Tensor) -> None:
+        for name, value in {**terms, "total": loss}.items():
+            detached = value.detach().float()
+            self._terms[name] = self._terms[name] + detached if name in self._terms else detached
+        self._recorded += 1
+        self._broken |= ~torch.isfinite(loss.detach())  # stays on the device; read when logs or checkpoints are due
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of every loss term since the last entry, over all processes, and stop on NaN."""
+        if "loss" in logs and self._recorded:
+            terms = self._terms
+            means = self.accelerator.reduce(torch.stack(list(terms.values())) / self._recorded, "mean").tolist()
+            logs["loss"] = means[-1]
+            logs.update({f"loss_{name}": value for name, value in zip(terms, means, strict=True) if name != "total"})
+            logs["strength"] = self.objective.strength(self.progress)
+            self._terms, self._recorded = {}, 0
+        super().log(logs, start_time)
+        self._stop_if_broken()
+
+    def _stop_if_broken(self) -> None:
+        if not bool(self._broken):
+            return
+        last = checkpoints.latest_complete(self.args.output_dir)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+        raise FloatingPointError(
+            f"the loss became NaN or infinite by step {self.state.global_step}; {kept}. Lower --learning_rate, lengthen "
+            "--warmup_epochs, or train in fp32 or bf16 instead of fp16"
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or resume from `True` (the newest complete checkpoint) or a path; see `Trainer.train`."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoints.latest_complete(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"cannot resume: {self.args.output_dir!r} holds no complete checkpoint; start without "
+                    "--resume_from_checkpoint"
+                )
+        elif resume_from_checkpoint:
+            checkpoints.verify(resume_from_checkpoint)
+        set_seed(self.args.seed, device_specific=True)  # one seed on all ranks would give all ranks the same dropout
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._broken |= ~_finite(self.accelerator.unwrap_model(self.model))
+        self._stop_if_broken()
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go once this one is complete
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and self.teacher is not None:
+                save_model(self.teacher, str(folder / _TEACHER_FILE))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.write_manifest(folder)
+        except Exception as error:
+            if not _is_full_disk(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            last = checkpoints.latest_complete(folder.parent)
+            raise OSError(
+                f"could not write {str(folder)!r} ({error}); the previous checkpoint {last or '(there was none)'} is "
+                "intact: free disk space and resume with --resume_from_checkpoint true"
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(output_dir=str(folder.parent), save_total_limit=limit, use_mtime=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.teacher is not None:
+            load_model(self.teacher, os.path.join(resume_from_checkpoint, _TEACHER_FILE))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the card is written from a report, see `model_card.write_model_card`."""
+
+
+class RobustPretrainer(RobustTrainer):
+    """Self-supervised pre-training: random views from uint8 images, a linear probe now and then, encoder out.
+
+    Args:
+        model ([`RobustModelForPreTraining`]): backbone with norm branches and projector.
+        args ([`RobustTrainingArguments`]): training knobs.
+        objective ([`Objective`]): SimCLR, ACL, DynACL, AIR, ...
+        attack ([`PGD`], *optional*): the training attack.
+        train_dataset ([`ImageDataset`]): images; labels are not used for training.
+        eval_dataset ([`ImageDataset`], *optional*): labelled images that the probe is evaluated on.
+        views ([`Views`], *optional*): default: bicubic crops at the model's image size.
+    """
+
+    def __init__(self, *args: Any, views: Views | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.views = views if views is not None else Views(self.model.config.image_size)
+
+    def prepare_batch(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the objective's views at the present augmentation strength."""
+        strength = self.objective.strength(self.progress)
+        batch = self.views(inputs["image"], self.objective.views, strength=strength, generator=generator)
+        if self.args.channels_last:
+            batch = {name: x.contiguous(memory_format=torch.channels_last) for name, x in batch.items()}
+        return batch
+
+    @property
+    def encoder_model(self) -> Any:
+        """The network that leaves the house: the momentum encoder where the method has one, else the model."""
+        return self.teacher if self.objective.teacher_kind == "ema" else self.accelerator.unwrap_model(self.model)
+
+    @property
+    def encoder_branch(self) -> str:
+        """The norm branch that leaves the house: `"adv"` where the method has it."""
+        return self.encoder_model.default_branch
+
+    def probe(self, n_train: int | None = None, n_eval: int | None = None, **kwargs: Any) -> ProbeResult:
+        """Fit a linear probe on the encoder and measure standard and PGD-20 accuracy.
+
+        Args:
+            n_train, n_eval (`int`, *optional*): how many images to use; default: all.
+            kwargs: passed to `probe_encoder`.
+
+        Returns:
+            [`ProbeResult`]: the accuracies, with n.
+        """
+        network, branch = self.encoder_model, self.encoder_branch
+        with frozen(network):
+            return probe_encoder(
+                lambda x: network.features(x, branch),
+                self.train_dataset,
+                self.eval_dataset,
+                size=network.config.image_size,
+                n_train=n_train,
+                n_eval=n_eval,
+                eps=self.attack.eps,
+                seed=self.args.seed,
+                **kwargs,
+            )
+
+    def end_epoch(self, epoch: int) -> None:
+        """Run the probe every `probe_every` epochs when labels exist."""
+        every = self.args.probe_every
+        if not every or self.eval_dataset is None or self.train_dataset.labels is None:
+            return
+        if math.floor(epoch / every + 1e-9) == math.floor((epoch - 1) / every + 1e-9):
+            return
+        result = self.probe(self.args.probe_examples, self.args.probe_eval_examples, progress=False)
+        self.log({f"probe_{name}": value for name, value in result.to_dict().items()})
+
+    def save_encoder(self, directory: str | Path, **kwargs: Any) -> Path:
+        """Write the encoder as an ordinary transformers/timm model; see `hub.save_encoder`.
+
+        Args:
+            directory (`str` or `Path`): target folder.
+
+        Returns:
+            `Path`: the folder.
+        """
+        return save_encoder(self.encoder_model, directory, branch=self.encoder_branch, **kwargs)
+
+
+def _steps_per_epoch(args: RobustTrainingArguments, images: int) -> int:
+    batch = args.per_device_train_batch_size * args.world_size
+    batches = images // batch if args.dataloader_drop_last else math.ceil(images / batch)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def _check_batch(args: RobustTrainingArguments, images: int) -> None:
+    batch = args.per_device_train_batch_size * args.world_size
+    if batch > images:
+        raise ValueError(
+            f"the batch of {batch} images ({args.per_device_train_batch_size} on each of {args.world_size} processes) "
+            f"is larger than the data set, which has {images}: set --per_device_train_batch_size to at most "
+            f"{max(1, images // args.world_size)}"
+        )
+
+
+def _check_branches(model: Any, objective: Objective) -> None:
+    has = tuple(model.config.norm_branches)
+    if set(has) != set(objective.norm_branches):
+        raise ValueError(
+            f"{objective.title} runs images through the norm branches {list(objective.norm_branches)}, the model has "
+            f"{list(has)}: build the model with norm_branches={tuple(objective.norm_branches)!r}"
+        )
+
+
+@torch.no_grad()
+def _finite(model: nn.Module) -> Tensor:
+    norms = torch._foreach_norm([p for p in model.parameters()])
+    return torch.isfinite(torch.stack(norms)).all()
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    # safetensors and torch.save report a failed write as their own error types
+    text = str(error).lower()
+    return isinstance(error, OSError) or "no space left" in text or "unexpected pos" in text or "i/o error" in text

@@ -1,0 +1,100 @@
+"""Training arguments: the Hugging Face defaults that would change the method are set here, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+__all__ = ["RobustTrainingArguments"]
+
+
+@dataclass
+class RobustTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the published recipe of adversarial contrastive learning.
+
+    Changed defaults, because the stock ones would train another method: no gradient clipping (stock: 1.0), LARS on
+    all tensors (stock: AdamW), warm-up and cosine in fractional epochs with an absolute floor (stock: linear to 0), all
+    dataset columns kept, NaN losses visible in the log, no unused-parameter search and no buffer broadcast under
+    distributed training (the trainer averages norm statistics itself, after every step).
+
+    With gradient accumulation the mean of the micro-batch losses is optimised; negatives stay inside a micro-batch,
+    so that accumulating is *not* the same as a larger contrastive batch.
+
+    Source: spec of the published runs: batch 512, LARS 5.0, momentum 0.9, weight decay 1e-6, warm-up 10 of 1000
+        epochs (released ACL, AIR, RCS and DynACL code).
+    """
+
+    output_dir: None | str = field(
+        default="outputs/pretrain", metadata={"help": "Folder for everything the run leaves."}
+    )
+    num_train_epochs: float = field(default=1000.0, metadata={"help": "Epochs; published: 1000."})
+    per_device_train_batch_size: int = field(
+        default=512, metadata={"help": "Images per process and step (2 views each); published: 512 on one device."}
+    )
+    learning_rate: float = field(default=5.0, metadata={"help": "Peak learning rate; published: 5.0 with LARS."})
+    weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay on every tensor; published: 1e-6."})
+    optimizer: Literal["lars", "sgd", "adamw"] = field(
+        default="lars", metadata={"help": "lars (published), sgd (Nesterov momentum) or adamw (for transformers)."}
+    )
+    momentum: float = field(default=0.9, metadata={"help": "Momentum of lars and sgd; published: 0.9."})
+    warmup_epochs: float = field(default=10.0, metadata={"help": "Linear warm-up, in epochs; published: 10."})
+    min_learning_rate: float = field(
+        default=1e-6, metadata={"help": "Floor of the cosine; published: 1e-6, absolute."}
+    )
+    lr_granularity: Literal["step", "epoch"] = field(
+        default="step", metadata={"help": "Change the rate every step (ACL, AIR, RCS) or epoch (official DynACL)."}
+    )
+    channels_last: bool = field(
+        default=False, metadata={"help": "Keep images and weights in channels-last memory order; same mathematics."}
+    )
+    probe_every: float = field(
+        default=0.0, metadata={"help": "Epochs between linear probes (standard and PGD-20 accuracy); 0: never."}
+    )
+    probe_examples: int = field(
+        default=1000, metadata={"help": "Training images that the probe during training is fitted on; at most."}
+    )
+    probe_eval_examples: int = field(
+        default=200, metadata={"help": "Images that the probe during training attacks; at most."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0, as published: never."})
+    remove_unused_columns: None | bool = field(
+        default=False, metadata={"help": "Must stay false: views need images."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "False: a NaN loss is seen, not hidden."})
+    ddp_find_unused_parameters: None | bool = field(
+        default=False, metadata={"help": "Must stay false: all branches pass in one wrapped forward."}
+    )
+    ddp_broadcast_buffers: None | bool = field(
+        default=False, metadata={"help": "Must stay false: the trainer averages norm statistics after every step."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log entries (every loss term)."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to write checkpoints: epoch, steps or no."})
+    save_total_limit: None | int = field(default=2, metadata={"help": "Complete checkpoints to keep."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "Where logs go beside the output folder: tensorboard, trackio, none."}
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+        for name in ("learning_rate", "momentum", "warmup_epochs", "min_learning_rate", "probe_every", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.optimizer not in ("lars", "sgd", "adamw"):
+            raise ValueError(f"optimizer must be lars, sgd or adamw, got {self.optimizer!r}")
+        if self.lr_granularity not in ("step", "epoch"):
+            raise ValueError(f"lr_granularity must be step or epoch, got {self.lr_granularity!r}")
+        if self.remove_unused_columns or self.ddp_find_unused_parameters or self.ddp_broadcast_buffers:
+            raise ValueError(
+                "remove_unused_columns, ddp_find_unused_parameters and ddp_broadcast_buffers must stay false: with any "
+                "of them the training would fail or differ from the method; leave them unset"
+            )
+        if self.deepspeed or self.fsdp:
+            raise ValueError(
+                "deepspeed and fsdp are not supported: the attack runs on the unsharded module; use plain "
+                "data-parallel training with `accelerate launch --multi_gpu`"
+            )

@@ -1,0 +1,179 @@
+"""PGD: the released numbers, a linear model with a known optimum, and everything it must leave alone."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_robust.attacks import PGD, frozen, parse_budget
+from hf_robust.losses import nt_xent
+
+GOLDEN = np.load(Path(__file__).parent / "data" / "released_objectives.npz")
+
+
+@pytest.mark.parametrize("case", ["s0", "s1", "s2"])
+def test_contrastive_pgd_equals_the_released_code(case: str) -> None:
+    x, weight, start, expected = (torch.tensor(GOLDEN[f"{case}/pgd_{k}"]) for k in ("x", "W", "delta0", "xadv"))
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        z = torch.tanh(images.flatten(1) @ weight)
+        return nt_xent(z[0::2], z[1::2])  # the released code interleaves the views
+
+    x_adv = PGD(eps=8 / 255, step_size=2 / 255, steps=5)(loss, x, start)
+    equal = (x_adv - expected).abs() <= 1e-6
+    assert equal.float().mean() >= 0.999  # sign steps are chaotic in float32
+
+
+def linear_loss(weight: torch.Tensor):
+    return lambda images: (images * weight).sum()
+
+
+def test_linf_reaches_the_optimum_of_a_linear_loss() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.rand(4, 3, 5, 5), torch.randn(3, 5, 5)
+    x_adv = PGD(eps=0.1, step_size=0.05, steps=6)(linear_loss(weight), x)
+    torch.testing.assert_close(x_adv, (x + 0.1 * weight.sign()).clamp(0, 1))
+
+
+def test_l2_reaches_the_optimum_of_a_linear_loss() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.full((4, 3, 5, 5), 0.5), torch.randn(3, 5, 5)  # far from the box
+    x_adv = PGD(eps=0.3, step_size=0.2, steps=40, norm="l2")(linear_loss(weight), x)
+    torch.testing.assert_close(x_adv, x + 0.3 * weight / weight.norm(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_result_is_inside_ball_and_box(norm: str, steps: int) -> None:
+    torch.manual_seed(1)
+    x = torch.rand(6, 3, 4, 4).round(decimals=1)  # many pixels at 0 and 1
+    eps = 0.05 if norm == "linf" else 0.5
+    x_adv = PGD(eps=eps, step_size=0.04, steps=steps, norm=norm)(linear_loss(torch.randn(3, 4, 4)), x)
+    delta = (x_adv - x).flatten(1)
+    size = delta.abs().max(1).values if norm == "linf" else delta.norm(dim=1)
+    assert bool((size <= eps + 1e-6).all()) and bool((size > 0).all())
+    assert x_adv.min() >= 0 and x_adv.max() <= 1 and not x_adv.requires_grad
+
+
+def test_random_l2_start_is_uniform_in_the_ball() -> None:
+    x = torch.full((4000, 1, 1, 2), 0.5)
+    start = PGD(eps=0.1, step_size=0.1, steps=0, norm="l2")(linear_loss(torch.ones(1)), x) - x
+    radius = start.flatten(1).norm(dim=1) / 0.1
+    assert radius.max() <= 1 + 1e-5
+    assert radius.square().mean().item() == pytest.approx(0.5, abs=0.02)  # uniform in a disc: E r^2 = 1/2
+
+
+class Net(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def test_the_attacked_model_and_the_global_rng_are_untouched() -> None:
+    torch.manual_seed(0)
+    model = Net().train()
+    model[4].eval()  # a mixed state must come back as it was
+    model[1].weight.requires_grad_(False)
+    model[4].weight.grad = torch.ones_like(model[4].weight)
+    before = copy.deepcopy(model.state_dict())
+    flags = [(p.requires_grad, p.grad is not None) for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    rng = torch.get_rng_state()
+    x = torch.rand(4, 3, 4, 4)
+    with frozen(model):
+        assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
+        PGD(steps=2)(lambda images: model(images).square().sum(), x)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert flags == [(p.requires_grad, p.grad is not None) for p in model.parameters()]
+    assert bool((model[4].weight.grad == 1).all())
+    assert modes == [m.training for m in model.modules()]
+    x_again = torch.rand(4, 3, 4, 4)
+    torch.set_rng_state(rng)
+    torch.rand(4, 3, 4, 4)
+    assert torch.equal(x_again, torch.rand(4, 3, 4, 4))
+
+
+def test_frozen_restores_after_an_error_and_keeps_modes_when_asked() -> None:
+    model = Net().train()
+    with pytest.raises(RuntimeError, match="boom"), frozen(model):
+        raise RuntimeError("boom")
+    assert all(p.requires_grad for p in model.parameters()) and model[2].training
+    with frozen(model, eval_mode=False):
+        assert model[2].training and not model[1].weight.requires_grad
+
+
+def test_freezing_parameters_does_not_change_the_images() -> None:
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.rand(4, 3, 4, 4)
+    start = torch.zeros_like(x).uniform_(-0.03, 0.03)
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        return model(images).square().sum()
+
+    plain = PGD(steps=3)(loss, x, start)
+    with frozen(model):
+        assert torch.equal(PGD(steps=3)(loss, x, start), plain)
+
+
+def test_start_is_drawn_from_the_generator() -> None:
+    x = torch.full((2, 1, 2, 2), 0.5)
+    attack = PGD(steps=0)
+    draws = [attack(linear_loss(torch.ones(1)), x, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    torch.manual_seed(3)
+    first = attack(linear_loss(torch.ones(1)), x)
+    torch.manual_seed(4)
+    assert not torch.equal(first, attack(linear_loss(torch.ones(1)), x))
+    still = PGD(steps=0, random_start=False)(linear_loss(torch.ones(1)), x)
+    assert torch.equal(still, x)
+
+
+def test_noise_does_not_depend_on_memory_order() -> None:
+    x = torch.rand(2, 3, 4, 4)
+    attack = PGD(steps=0)
+    one = attack(linear_loss(torch.ones(1)), x, generator=torch.Generator().manual_seed(0))
+    other = attack(
+        linear_loss(torch.ones(1)),
+        x.contiguous(memory_format=torch.channels_last),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_non_finite_gradients_move_nothing(norm: str) -> None:
+    x = torch.full((2, 1, 2, 2), 0.5)
+    bad = torch.tensor([[[float("nan"), 1.0], [float("inf"), -1.0]]])
+    x_adv = PGD(eps=0.1, step_size=0.1, steps=1, norm=norm, random_start=False)(linear_loss(bad), x)
+    assert torch.isfinite(x_adv).all()
+    assert bool((x_adv[:, 0, :, 0] == 0.5).all())
+    assert bool((x_adv[:, 0, 0, 1] > 0.5).all()) and bool((x_adv[:, 0, 1, 1] < 0.5).all())
+
+
+def test_bad_budgets_are_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"eps must be in \(0, 1\], got 8: .*8/255"):
+        PGD(eps=8)
+    with pytest.raises(ValueError, match=r"step_size must be in \(0, 1\], got 2"):
+        PGD(step_size=2)
+    with pytest.raises(ValueError, match="steps must be 0 or more, got -1"):
+        PGD(steps=-1)
+    with pytest.raises(ValueError, match="norm must be 'linf' or 'l2', got 'l1'"):
+        PGD(norm="l1")
+    with pytest.raises(ValueError, match="divide uint8 images by 255"):
+        PGD()(linear_loss(torch.ones(1)), torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="start must have the shape of x"):
+        PGD()(linear_loss(torch.ones(1)), torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 3))
+    with pytest.raises(ValueError, match="must return a scalar"):
+        PGD()(lambda images: images, torch.zeros(1, 1, 2, 2))
+
+
+def test_budgets_may_be_fractions() -> None:
+    assert parse_budget("8/255") == 8 / 255
+    assert parse_budget(" 0.03 ") == 0.03 and parse_budget(0.5) == 0.5
+    for bad in ("8/0", "eight", "", "1/2/3"):
+        with pytest.raises(ValueError, match="as a pixel budget"):
+            parse_budget(bad)

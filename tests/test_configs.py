@@ -1,0 +1,186 @@
+"""The YAML files of published runs: well formed, every value with its source, accepted by the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_robust.cli import parse_pretrain
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+FILES = sorted(CONFIGS.glob("*.yaml"))
+PUBLISHED = sorted(
+    f"{method}_{data}"
+    for method in ("acl", "dynacl", "acl_air", "dynacl_air")
+    for data in ("cifar10", "cifar100", "stl10")
+)
+# "ACL, train_simCLR.py: --lr 5.0", or "ours: why".
+SOURCE = re.compile(r"(?P<code>[A-Za-z]+), [\w/.-]+\.(py|sh|md): \S.*|ours: \S.*")
+BUDGET = re.compile(r"\d+/\d+")
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word; this one refuses."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        doubled = sorted({key for key in keys if keys.count(key) > 1})
+        if doubled:
+            raise yaml.constructor.ConstructorError(
+                problem=f"keys given twice: {doubled}", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def read(text: str) -> dict[str, Any]:
+    values = yaml.load(text, Loader=UniqueKeyLoader)
+    assert isinstance(values, dict)
+    return values
+
+
+def scalars(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from scalars(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from scalars(item)
+    else:
+        yield value
+
+
+def numbers_written_as_text(values: dict[str, Any]) -> list[str]:
+    """Strings that Python reads as a number: YAML 1.1 takes `1e-6` for text, only `1.0e-6` is a number."""
+    found = []
+    for value in scalars(values):
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                float(value)
+                found.append(value)
+    return found
+
+
+def lines_without_source(text: str) -> list[str]:
+    """Value lines of a published run whose comment names neither a file of the released code nor `ours: ...`."""
+    codes = set(re.findall(r"^#   (\w+) = [\w-]+/[\w-]+ at [0-9a-f]{7} ", text, flags=re.MULTILINE))
+    missing = []
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        source = SOURCE.fullmatch(line.partition("  # ")[2] or line.partition(" # ")[2])
+        if source is None or (source["code"] and source["code"] not in codes):
+            missing.append(line)
+    return missing
+
+
+def test_one_file_per_published_run_and_the_small_one():
+    assert [path.stem for path in FILES] == sorted([*PUBLISHED, "cifar10_cpu"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_well_formed(path):
+    text = path.read_text(encoding="utf-8")
+    values = read(text)
+    assert numbers_written_as_text(values) == []
+    assert all(value is not None for value in scalars(values))
+    assert f"--config examples/configs/{path.name}" in text
+    for budget in ("eps", "step_size"):
+        assert BUDGET.fullmatch(values[budget]), f"write {budget} as a fraction of 255"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_value_of_a_published_run_names_its_source(name):
+    assert lines_without_source((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_runs_share_what_the_papers_share(name):
+    values = read((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    method, _, data = name.rpartition("_")
+    shared = {
+        "temperature": 0.5,
+        "eps": "8/255",
+        "step_size": "2/255",
+        "steps": 5,
+        "num_train_epochs": 1000,
+        "per_device_train_batch_size": 512,
+        "optimizer": "lars",
+        "learning_rate": 5.0,
+        "momentum": 0.9,
+        "weight_decay": 1e-6,
+        "warmup_epochs": 10,
+        "min_learning_rate": 1e-6,
+        "projector_layers": 3,
+        "output_dir": f"runs/{name}",
+    }
+    assert {key: values.get(key) for key in shared} == shared
+    assert (values["image_size"], values["backbone"]) == (
+        (96, "resnet18_stl") if data == "stl10" else (32, "resnet18_cifar")
+    )
+    assert values["split"] == ("unlabeled" if data == "stl10" else "train")
+    official = method == "dynacl"
+    assert values["interpolation"] == ("bilinear" if official else "bicubic")
+    assert values["lr_granularity"] == ("epoch" if official else "step")
+    assert values.get("ema_decay") == (0.99 if official else None)
+    assert (values["objective"], values.get("base")) == {
+        "acl": ("acl", None),
+        "dynacl": ("dynacl", None),
+        "acl_air": ("air", "acl"),
+        "dynacl_air": ("air", "dynacl"),
+    }[method]
+    assert (values.get("lambda1"), values.get("lambda2")) == (
+        (0.5, 0.5) if values["objective"] == "air" else (None, None)
+    )
+    if "dynacl" in method:
+        assert values["weight_scale"] == pytest.approx(2 / 3, abs=1e-15)
+        assert values["period"] == 50 / 1000
+    else:
+        assert "weight_scale" not in values and "period" not in values
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_command_line_reads_every_value_as_written(path):
+    run = parse_pretrain(["--config", str(path)])
+    values = read(path.read_text(encoding="utf-8"))
+    method, base = values.pop("objective"), values.pop("base", None)
+    assert type(run.objective).__module__ == f"hf_robust.objectives.{method}"
+    places = [run.data, run.model, run.objective, run.attack, run.training]
+    if base is not None:
+        assert type(run.objective.base).__module__ == f"hf_robust.objectives.{base}"
+        places.append(run.objective.base)
+    for key, value in values.items():
+        found = (
+            [run.model_args]
+            if key == "model_args"
+            else [getattr(place, key) for place in places if hasattr(place, key)]
+        )
+        expected = float(Fraction(value)) if key in ("eps", "step_size") else value
+        assert expected in found, f"{key}: wrote {value}, parsed {found}"
+
+
+@pytest.mark.parametrize("flags", [["simclr"], ["air", "--base", "acl"]], ids=["simclr", "air"])
+def test_the_small_run_serves_the_methods_to_compare(flags):
+    run = parse_pretrain(["--config", str(CONFIGS / "cifar10_cpu.yaml"), "--objective", *flags])
+    assert type(run.objective).__module__ == f"hf_robust.objectives.{flags[0]}"
+
+
+def test_the_checks_above_can_fail():
+    with pytest.raises(yaml.constructor.ConstructorError, match="keys given twice: .'steps'"):
+        read("steps: 5\neps: 8/255\nsteps: 10\n")
+    assert numbers_written_as_text(read("a: 1e-6\nb: 1.0e-6\nc: '5'\nd: 8/255\ne: {f: ['2.5', lars]}\n")) == [
+        "1e-6",
+        "5",
+        "2.5",
+    ]
+    header = "#   ACL = owner/name at 0123abc (paper)\n"
+    good = "a: 1  # ACL, train.py: --a 1\nb: 2  # ours: a folder\n"
+    assert lines_without_source(header + good) == []
+    bad = ["a: 1", "a: 1  # one", "a: 1  # AIR, train.py: --a 1", "a: 1  # ours:", "a: 1  # ACL, train.py"]
+    assert lines_without_source(header + good + "\n".join(bad)) == bad
