@@ -47,7 +47,8 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
     Source: released DynACL code, `models/resnet_multi_bn.py`; called once per iteration, before the optimiser step.
     """
-    targets, sources = list(teacher.parameters()), list(student.parameters())
+    targets: list[torch.Tensor] = list(teacher.parameters())
+    sources: list[torch.Tensor] = list(student.parameters())
     torch._foreach_lerp_(targets, sources, 1.0 - decay)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
-__all__ = ["latest_complete", "verify", "write_manifest"]
+__all__ = ["discard", "is_write_error", "latest_complete", "verify", "write_manifest"]
 
 _MANIFEST = "manifest.json"
 
@@ -62,6 +63,37 @@ def latest_complete(output_dir: str | Path) -> str | None:
         if _problem(folder) is None:
             return str(folder)
     return None
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Tell whether an exception of a save means that the disk did not take the bytes.
+
+    Args:
+        error (`BaseException`): what the save raised; safetensors and torch have error types of their own.
+    """
+    text = str(error).lower()
+    return isinstance(error, OSError) or any(
+        t in text for t in ("no space left", "i/o error", "unexpected pos", "os error")
+    )
+
+
+def discard(checkpoint: str | Path, error: BaseException) -> OSError:
+    """Remove a checkpoint that could not be written and say what is left.
+
+    Args:
+        checkpoint (`str` or `Path`): the incomplete folder.
+        error (`BaseException`): why it is incomplete.
+
+    Returns:
+        `OSError`: to be raised; names the previous checkpoint and the way out.
+    """
+    folder = Path(checkpoint)
+    shutil.rmtree(folder, ignore_errors=True)
+    last = latest_complete(folder.parent) or "(there was none)"
+    return OSError(
+        f"could not write {str(folder)!r} ({error}); the previous checkpoint {last} is intact: free disk space and "
+        "resume with --resume_from_checkpoint true"
+    )
 
 
 def _problem(folder: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -210,9 +211,8 @@ def _set_defaults(parser: argparse.ArgumentParser, values: dict[str, Any], path:
     known = {action.dest: action for action in parser._actions}
     unknown = sorted(set(values) - known.keys())
     if unknown:
-        import difflib
-
-        hints = [f"{u!r} (did you mean {m[0]!r}?)" if (m := difflib.get_close_matches(u, known, 1)) else repr(u) for u in unknown]
+        close = [difflib.get_close_matches(key, known, 1) for key in unknown]
+        hints = [f"{k!r}" + (f" (did you mean {m[0]!r}?)" if m else "") for k, m in zip(unknown, close, strict=True)]
         parser.error(f"unknown key in {path}: {', '.join(hints)}; keys are the flags listed by --help")
     for key, value in values.items():
         action = known[key]

@@ -118,8 +118,9 @@ def load_encoder(directory_or_repo: str | Path, **kwargs: Any) -> PreTrainedMode
             "trust_remote_code out, or call transformers.AutoModel.from_pretrained yourself"
         )
     kwargs = {**kwargs, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    source = str(Path(directory_or_repo).expanduser()) if _is_path(directory_or_repo) else str(directory_or_repo)
+    source = str(directory_or_repo)
     if _is_path(directory_or_repo):
+        source = str(Path(source).expanduser())
         _check_folder(Path(source), str(kwargs.get("subfolder") or ""))
     try:
         model, info = AutoModel.from_pretrained(source, **kwargs)
@@ -167,8 +168,7 @@ def encoder_features(
             "pass mean=(...) and std=(...) of its image processor"
         )
     device = next(encoder.parameters()).device
-    shift = torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
+    shift, scale = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
     factor = getattr(config, "upsampling", None) or 1
 
     def features(x: torch.Tensor) -> torch.Tensor:
@@ -247,11 +247,8 @@ def _timm_files(
         "architectures": ["TimmWrapperModel"],
         **_base_config(backbone, config, architecture, args, branch, upsampling),
     }
-    processor = {
-        "image_processor_type": "TimmWrapperImageProcessor",
-        "architecture": out["architecture"],
-        "pretrained_cfg": out["pretrained_cfg"],
-    }
+    processor = {key: out[key] for key in ("architecture", "pretrained_cfg")}
+    processor["image_processor_type"] = "TimmWrapperImageProcessor"
     if upsampling != 1:
         out |= {"upsampling": upsampling, "native_of": config.architecture}
     return {_WEIGHTS: _weights(backbone), _CONFIG: _json(out), _PROCESSOR: _json(processor)}

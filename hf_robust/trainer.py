@@ -6,7 +6,6 @@ import copy
 import hashlib
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,15 @@ class RobustTrainer(Trainer):
         ValueError: if objective and model disagree on norm branches, or the batch is larger than the data set.
     """
 
+    # narrower than the stock annotations, which allow any model and data set
+    args: RobustTrainingArguments
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+    optimizer: Any
+    lr_scheduler: Any
+    objective: Objective
+
     loss_is_scaled_for_ga = False  # every micro-batch is a mean of its own; the stock code then divides
 
     def __init__(
@@ -68,7 +76,7 @@ class RobustTrainer(Trainer):
             # Otherwise the last batch repeats images on some rank: false negatives of a contrastive loss.
             args.dataloader_drop_last = True
         if train_dataset is not None:
-            _check_batch(args, len(train_dataset))
+            args.check_batch(len(train_dataset))
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_images, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.objective = objective
@@ -163,7 +171,7 @@ class RobustTrainer(Trainer):
         """Build the warm-up and cosine schedule in fractional epochs; see `optim.warmup_cosine`."""
         if self.lr_scheduler is None:
             args = self.args
-            per_epoch = _steps_per_epoch(args, len(self.train_dataset))
+            per_epoch = args.steps_per_epoch(len(self.train_dataset))
 
             def multiplier(step: int) -> float:
                 epoch = (step + 1) / per_epoch
@@ -232,18 +240,18 @@ class RobustTrainer(Trainer):
     def _stop_if_broken(self) -> None:
         if not bool(self._broken):
             return
-        last = checkpoints.latest_complete(self.args.output_dir)
+        last = checkpoints.latest_complete(str(self.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
         raise FloatingPointError(
-            f"the loss became NaN or infinite by step {self.state.global_step}; {kept}. Lower --learning_rate, lengthen "
-            "--warmup_epochs, or train in fp32 or bf16 instead of fp16"
+            f"the loss became NaN or infinite by step {self.state.global_step}; {kept}. Lower --learning_rate, "
+            "lengthen --warmup_epochs, or train in fp32 or bf16 instead of fp16"
         )
 
     # ------------------------------------------------------------------ checkpoints
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume from `True` (the newest complete checkpoint) or a path; see `Trainer.train`."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.latest_complete(self.args.output_dir)
+            resume_from_checkpoint = checkpoints.latest_complete(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"cannot resume: {self.args.output_dir!r} holds no complete checkpoint; start without "
@@ -252,7 +260,7 @@ class RobustTrainer(Trainer):
         elif resume_from_checkpoint:
             checkpoints.verify(resume_from_checkpoint)
         set_seed(self.args.seed, device_specific=True)  # one seed on all ranks would give all ranks the same dropout
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._broken |= ~_finite(self.accelerator.unwrap_model(self.model))
@@ -267,14 +275,9 @@ class RobustTrainer(Trainer):
             if self.args.should_save:
                 checkpoints.write_manifest(folder)
         except Exception as error:
-            if not _is_full_disk(error):
+            if not checkpoints.is_write_error(error):
                 raise
-            shutil.rmtree(folder, ignore_errors=True)
-            last = checkpoints.latest_complete(folder.parent)
-            raise OSError(
-                f"could not write {str(folder)!r} ({error}); the previous checkpoint {last or '(there was none)'} is "
-                "intact: free disk space and resume with --resume_from_checkpoint true"
-            ) from error
+            raise checkpoints.discard(folder, error) from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -335,6 +338,8 @@ class RobustPretrainer(RobustTrainer):
             [`ProbeResult`]: the accuracies, with n.
         """
         network, branch = self.encoder_model, self.encoder_branch
+        if self.attack.norm == "linf":  # the probe's attack is L-inf: the training budget, or the published one
+            kwargs.setdefault("eps", self.attack.eps)
         with frozen(network):
             return probe_encoder(
                 lambda x: network.features(x, branch),
@@ -343,7 +348,6 @@ class RobustPretrainer(RobustTrainer):
                 size=network.config.image_size,
                 n_train=n_train,
                 n_eval=n_eval,
-                eps=self.attack.eps,
                 seed=self.args.seed,
                 **kwargs,
             )
@@ -351,7 +355,8 @@ class RobustPretrainer(RobustTrainer):
     def end_epoch(self, epoch: int) -> None:
         """Run the probe every `probe_every` epochs when labels exist."""
         every = self.args.probe_every
-        if not every or self.eval_dataset is None or self.train_dataset.labels is None:
+        labelled = self.eval_dataset is not None and self.train_dataset.labels is not None
+        if not every or not labelled or not self.is_world_process_zero():
             return
         if math.floor(epoch / every + 1e-9) == math.floor((epoch - 1) / every + 1e-9):
             return
@@ -370,22 +375,6 @@ class RobustPretrainer(RobustTrainer):
         return save_encoder(self.encoder_model, directory, branch=self.encoder_branch, **kwargs)
 
 
-def _steps_per_epoch(args: RobustTrainingArguments, images: int) -> int:
-    batch = args.per_device_train_batch_size * args.world_size
-    batches = images // batch if args.dataloader_drop_last else math.ceil(images / batch)
-    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
-
-
-def _check_batch(args: RobustTrainingArguments, images: int) -> None:
-    batch = args.per_device_train_batch_size * args.world_size
-    if batch > images:
-        raise ValueError(
-            f"the batch of {batch} images ({args.per_device_train_batch_size} on each of {args.world_size} processes) "
-            f"is larger than the data set, which has {images}: set --per_device_train_batch_size to at most "
-            f"{max(1, images // args.world_size)}"
-        )
-
-
 def _check_branches(model: Any, objective: Objective) -> None:
     has = tuple(model.config.norm_branches)
     if set(has) != set(objective.norm_branches):
@@ -399,9 +388,3 @@ def _check_branches(model: Any, objective: Objective) -> None:
 def _finite(model: nn.Module) -> Tensor:
     norms = torch._foreach_norm([p for p in model.parameters()])
     return torch.isfinite(torch.stack(norms)).all()
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    # safetensors and torch.save report a failed write as their own error types
-    text = str(error).lower()
-    return isinstance(error, OSError) or "no space left" in text or "unexpected pos" in text or "i/o error" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,8 +17,8 @@ class RobustTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the published recipe of adversarial contrastive learning.
 
     Changed defaults, because the stock ones would train another method: no gradient clipping (stock: 1.0), LARS on
-    all tensors (stock: AdamW), warm-up and cosine in fractional epochs with an absolute floor (stock: linear to 0), all
-    dataset columns kept, NaN losses visible in the log, no unused-parameter search and no buffer broadcast under
+    all tensors (stock: AdamW), warm-up and cosine in fractional epochs with an absolute floor (stock: linear to 0),
+    all dataset columns kept, NaN losses visible in the log, no unused-parameter search and no buffer broadcast under
     distributed training (the trainer averages norm statistics itself, after every step).
 
     With gradient accumulation the mean of the micro-batch losses is optimised; negatives stay inside a micro-batch,
@@ -59,10 +60,10 @@ class RobustTrainingArguments(TrainingArguments):
     probe_eval_examples: int = field(
         default=200, metadata={"help": "Images that the probe during training attacks; at most."}
     )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0, as published: never."})
-    remove_unused_columns: None | bool = field(
-        default=False, metadata={"help": "Must stay false: views need images."}
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Clip gradients to this norm; 0, as published: never."}
     )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: views need images."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "False: a NaN loss is seen, not hidden."})
     ddp_find_unused_parameters: None | bool = field(
         default=False, metadata={"help": "Must stay false: all branches pass in one wrapped forward."}
@@ -71,6 +72,7 @@ class RobustTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Must stay false: the trainer averages norm statistics after every step."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log entries (every loss term)."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step, too, where a curve starts."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to write checkpoints: epoch, steps or no."})
     save_total_limit: None | int = field(default=2, metadata={"help": "Complete checkpoints to keep."})
     report_to: None | str | list[str] = field(
@@ -90,11 +92,41 @@ class RobustTrainingArguments(TrainingArguments):
             raise ValueError(f"lr_granularity must be step or epoch, got {self.lr_granularity!r}")
         if self.remove_unused_columns or self.ddp_find_unused_parameters or self.ddp_broadcast_buffers:
             raise ValueError(
-                "remove_unused_columns, ddp_find_unused_parameters and ddp_broadcast_buffers must stay false: with any "
+                "remove_unused_columns, ddp_find_unused_parameters, ddp_broadcast_buffers must stay false: with any "
                 "of them the training would fail or differ from the method; leave them unset"
             )
         if self.deepspeed or self.fsdp:
             raise ValueError(
                 "deepspeed and fsdp are not supported: the attack runs on the unsharded module; use plain "
                 "data-parallel training with `accelerate launch --multi_gpu`"
+            )
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Count the optimiser steps of one epoch.
+
+        Args:
+            images (`int`): size of the training set.
+
+        Returns:
+            `int`: at least 1.
+        """
+        batch = self.per_device_train_batch_size * self.world_size
+        batches = images // batch if self.dataloader_drop_last else math.ceil(images / batch)
+        return max(1, math.ceil(batches / self.gradient_accumulation_steps))
+
+    def check_batch(self, images: int) -> None:
+        """Refuse a batch that the data set cannot fill.
+
+        Args:
+            images (`int`): size of the training set.
+
+        Raises:
+            ValueError: if the images of one step over all processes are more than `images`.
+        """
+        batch = self.per_device_train_batch_size * self.world_size
+        if batch > images:
+            raise ValueError(
+                f"the batch of {batch} images ({self.per_device_train_batch_size} on each of {self.world_size} "
+                f"processes) is larger than the data set, which has {images}: set --per_device_train_batch_size to at "
+                f"most {max(1, images // self.world_size)}"
             )

@@ -19,14 +19,12 @@ from dataclasses import dataclass, fields
 from functools import reduce
 
 import torch
+from torch import Tensor
 
 INTERPOLATIONS = ("bicubic", "bilinear")
-"""Known resampling filters: "bicubic" in ACL, RCS and AIR, "bilinear" in the official DynACL."""
-
-_RATIO = (3 / 4, 4 / 3)
+_RATIO = 4 / 3  # the widest; the narrowest is its inverse
 _TRIES = 10
-_Crops = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_WEIGHT_UNIT = 2.0**-22
+_Crops = tuple[Tensor, Tensor, Tensor, Tensor]
 _CHUNK_VALUES = 256 * 3 * 32 * 32  # enough to amortise the dispatch of an operation, little enough for the caches
 
 
@@ -38,30 +36,29 @@ class ViewParameters:
         top, left, height, width (int64, pixels): first row, first column, rows and columns of the crop.
         flip (bool): whether the view is mirrored left to right.
         jitter (bool): whether the four colour operations are applied.
-        brightness, contrast, saturation (float32): factors of the blends with black, with the mean grey level and with
-            the grey image; 1 = unchanged.
+        brightness, contrast, saturation (float32): factors of the blends with black, mean grey, grey image; 1 = none.
         hue (float32, turns): rotation of the hue, in [-0.5, 0.5].
         order (int64, `(N, 4)`): order of the colour operations; 0 brightness, 1 contrast, 2 saturation, 3 hue.
         gray (bool): whether the view ends as a grey image of three equal channels.
     """
 
-    top: torch.Tensor
-    left: torch.Tensor
-    height: torch.Tensor
-    width: torch.Tensor
-    flip: torch.Tensor
-    jitter: torch.Tensor
-    brightness: torch.Tensor
-    contrast: torch.Tensor
-    saturation: torch.Tensor
-    hue: torch.Tensor
-    order: torch.Tensor
-    gray: torch.Tensor
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+    jitter: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    order: Tensor
+    gray: Tensor
 
     def __len__(self) -> int:
         return len(self.top)
 
-    def __getitem__(self, rows: slice | torch.Tensor) -> ViewParameters:
+    def __getitem__(self, rows: slice | Tensor) -> ViewParameters:
         return ViewParameters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
@@ -76,38 +73,33 @@ def sample_parameters(
     """Independent random augmentation parameters for each of `n` images.
 
     The crop covers a share of the area uniform in `(1 - 0.9 strength, 1)`, with an aspect ratio log-uniform in
-    (3/4, 4/3): the first of ten tries that fits, else the largest central crop of an allowed ratio. The flip has
-    probability 0.5 at every strength. With probability `0.8 strength` brightness, contrast and saturation are scaled
-    by factors uniform in `1 -+ 0.4 strength` and the hue is turned by up to `0.1 strength`, in random order. The view
-    is grey with probability `0.2 strength`.
+    (3/4, 4/3): the first of ten tries that fits, else the largest central crop of an allowed ratio. The probability
+    of a flip is 0.5 at every strength, of grey `0.2 strength`, of colour jitter `0.8 strength`: brightness, contrast
+    and saturation by factors uniform in `1 -+ 0.4 strength`, hue by up to `0.1 strength`, in random order.
 
     At strength 0 the area is the full one and the ratio is still drawn, as in torchvision. A full-area crop fits only
     at the image's own ratio, so a try gives the whole image (less a column or row lost to rounding, if not square) or
     fails, and the fallback is the whole image if its ratio is in [3/4, 4/3], else a central crop: no zoom in any case.
 
-    All strengths use the same random numbers: generators with equal seeds give views that differ in strength only.
-
     Args:
         n (`int`, images, >= 0): number of images.
         image_size (`tuple[int, int]`, pixels, >= 1): height and width of the images.
-        strength (`float`, in [0, 1], default 1.0 = ACL): scales every range and probability but the flip's (DynACL
-            lowers it during training).
+        strength (`float`, in [0, 1], default 1.0 = ACL): scales every range and probability but the flip's; takes
+            no part in drawing the random numbers, so that equal seeds give views that differ in strength only.
         device (`torch.device`, default the generator's, else the CPU): where the parameters are needed.
-        generator (`torch.Generator`, default the device's global one): source of randomness; one of another device
-            is used where it is and its numbers are copied.
+        generator (`torch.Generator`, default the device's global one): source of randomness, of any device.
 
     Returns:
         `ViewParameters` with `n` rows.
 
     Raises:
-        ValueError: `strength` is outside [0, 1], `n` is negative or `image_size` has an empty side.
+        ValueError: `strength` is outside [0, 1] or `image_size` has an empty side.
 
     Source: the released pre-training scripts and torchvision's `RandomResizedCrop`.
     """
-    _check_sampling(n, image_size, strength)
-    if device is None:
-        device = torch.device("cpu") if generator is None else generator.device
-    source = device if generator is None else generator.device
+    _check_sampling(image_size, strength)
+    device = device or (generator.device if generator else "cpu")
+    source = generator.device if generator else device
     # One call for all numbers: one kernel, and the same numbers at every strength.
     draws = torch.rand(n, 2 * _TRIES + 13, generator=generator, device=source, dtype=torch.float32).to(device)
     crop_draws, draws = draws.split((2 * _TRIES + 2, 11), dim=1)
@@ -126,30 +118,25 @@ def sample_parameters(
 
 
 def apply_parameters(
-    images: torch.Tensor, parameters: ViewParameters, *, size: int, interpolation: str = "bicubic"
-) -> torch.Tensor:
+    images: Tensor, parameters: ViewParameters, *, size: int, interpolation: str = "bicubic"
+) -> Tensor:
     """Crop, resize, flip, jitter the colours and grey, each image with its own parameters.
 
-    On the CPU an operation runs on the images that need it. On an accelerator every operation runs on all images and
-    `torch.where` picks: no shape depends on the data, the host never waits, a CUDA graph can capture it. Both give the
-    same views, in float32 also inside `torch.autocast`.
+    On the CPU an operation runs on the images that need it; on an accelerator all run on all images and `torch.where`
+    picks, so that no shape depends on the data and the host never waits. Both give the same views, also in autocast.
 
     Args:
         images (uint8, `(N, 3, H, W)`): the images; any height and width.
         parameters (`ViewParameters`): what to do with each image; crops must lie inside the images.
         size (`int`, pixels, >= 1): height and width of the views.
-        interpolation (`str`, default "bicubic" = ACL, RCS, AIR): "bicubic" or "bilinear" (official DynACL), with
-            Pillow's antialiasing when the crop is larger than the view.
+        interpolation (`str`, default "bicubic" = ACL, RCS, AIR): "bicubic" or "bilinear", antialiased as in Pillow.
 
     Returns:
         `torch.Tensor` of shape `(N, 3, size, size)`, float32, in [0, 1] (multiples of 1/255).
 
     Raises:
         TypeError: `images` are not uint8.
-        ValueError: `images` are not `(N, 3, H, W)`, `size` is less than 1, `interpolation` is unknown or
-            `parameters` do not have one row per image.
-
-    Source: torchvision's transforms on PIL images, in the order of the released pre-training scripts.
+        ValueError: `images` are not `(N, 3, H, W)`, `size` < 1, unknown `interpolation`, not one row per image.
     """
     _check_images(images)
     _check_target(size, interpolation)
@@ -179,13 +166,8 @@ class Views:
         _check_target(self.size, self.interpolation)
 
     def __call__(
-        self,
-        images: torch.Tensor,
-        names: Sequence[str],
-        *,
-        strength: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, torch.Tensor]:
+        self, images: Tensor, names: Sequence[str], *, strength: float = 1.0, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
         """Make the named views of every image.
 
         Args:
@@ -205,45 +187,38 @@ class Views:
         """
         _check_images(images)
         _check_names(names)
-        n, _, height, width = images.shape
-        _check_sampling(n, (height, width), strength)
+        n, shape = len(images), (images.shape[2], images.shape[3])
+        _check_sampling(shape, strength)
         views = {}
         for name in names:
             if name == "original":
                 views[name] = _resize_whole(images, self.size, self.interpolation)
                 continue
-            parameters = sample_parameters(
-                n, image_size=(height, width), strength=strength, device=images.device, generator=generator
+            drawn = sample_parameters(
+                n, image_size=shape, strength=strength, device=images.device, generator=generator
             )
-            views[name] = apply_parameters(images, parameters, size=self.size, interpolation=self.interpolation)
+            views[name] = apply_parameters(images, drawn, size=self.size, interpolation=self.interpolation)
         return views
 
 
-def _sample_crops(draws: torch.Tensor, image_size: tuple[int, int], minimal_area: float) -> _Crops:
+def _sample_crops(draws: Tensor, image_size: tuple[int, int], minimal_area: float) -> _Crops:
     """Top, left, height and width of random crops, from uniform numbers `(N, 2 tries + 2)`."""
     image_height, image_width = image_size
-    low, high = math.log(_RATIO[0]), math.log(_RATIO[1])
     area = image_height * image_width * (minimal_area + (1 - minimal_area) * draws[:, :_TRIES])
-    ratio = torch.exp(low + (high - low) * draws[:, _TRIES : 2 * _TRIES])
+    ratio = torch.exp(math.log(_RATIO) * (2 * draws[:, _TRIES : 2 * _TRIES] - 1))
     widths, heights = torch.sqrt(area * ratio).round_(), torch.sqrt(area / ratio).round_()
     fits = (widths > 0) & (widths <= image_width) & (heights > 0) & (heights <= image_height)
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)  # argmax names the first of equals
-    # The fallback: the largest central crop of an allowed ratio.
-    central_height = min(image_height, round(image_width / _RATIO[0]))
-    central_width = min(image_width, round(image_height * _RATIO[1]))
-    height, width = heights.gather(1, first)[:, 0], widths.gather(1, first)[:, 0]
-    top = torch.floor(draws[:, -2] * (image_height - height + 1))
-    left = torch.floor(draws[:, -1] * (image_width - width + 1))
     found = fits.any(dim=1)
-    return (
-        torch.where(found, top, (image_height - central_height) // 2).long(),
-        torch.where(found, left, (image_width - central_width) // 2).long(),
-        torch.where(found, height, central_height).long(),
-        torch.where(found, width, central_width).long(),
-    )
+    # The fallback: the largest central crop of an allowed ratio.
+    height = torch.where(found, heights.gather(1, first)[:, 0], min(image_height, round(image_width * _RATIO)))
+    width = torch.where(found, widths.gather(1, first)[:, 0], min(image_width, round(image_height * _RATIO)))
+    top = torch.where(found, draws[:, -2] * (image_height - height + 1), (image_height - height) / 2)
+    left = torch.where(found, draws[:, -1] * (image_width - width + 1), (image_width - width) / 2)
+    return top.long(), left.long(), height.long(), width.long()
 
 
-def _apply_grouped(images: torch.Tensor, parameters: ViewParameters, size: int, interpolation: str) -> torch.Tensor:
+def _apply_grouped(images: Tensor, parameters: ViewParameters, size: int, interpolation: str) -> Tensor:
     """Make the views, each operation on the images that need it (shapes depend on the data: for the CPU)."""
     views = torch.empty(len(images), 3, size, size, dtype=torch.float32, device=images.device)
     chunk = max(1, _CHUNK_VALUES // max(3 * size * size, images[:1].numel()))
@@ -260,44 +235,44 @@ def _apply_grouped(images: torch.Tensor, parameters: ViewParameters, size: int, 
     return views
 
 
-def _apply_masked(images: torch.Tensor, parameters: ViewParameters, size: int, interpolation: str) -> torch.Tensor:
+def _apply_masked(images: Tensor, parameters: ViewParameters, size: int, interpolation: str) -> Tensor:
     """Make the views, all operations on all images and the needed ones picked (fixed shapes: for accelerators)."""
     levels = _crop_resize(images, parameters, size, interpolation)
     for chosen, operation, amount in _colour_steps(parameters):
-        levels = torch.where(_per_image(chosen), _change_colour(levels.clone(), operation, amount), levels)
-    return torch.where(_per_image(parameters.gray), _grayscale(levels), levels) / 255
+        levels = torch.where(chosen[:, None, None, None], _change_colour(levels.clone(), operation, amount), levels)
+    return torch.where(parameters.gray[:, None, None, None], _grayscale(levels), levels) / 255
 
 
-def _colour_steps(parameters: ViewParameters) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
-    """Which images take an operation next, the operation, its amount for every image; an image is in four steps."""
-    amounts = (parameters.brightness, parameters.contrast, parameters.saturation, parameters.hue)
+def _colour_steps(parameters: ViewParameters) -> Iterator[tuple[Tensor, int, Tensor]]:
+    """Which images take an operation next, the operation, its amount `(N, 1, 1, 1)`; an image is in four steps."""
+    amounts = torch.stack([parameters.brightness, parameters.contrast, parameters.saturation, parameters.hue])
     for codes in parameters.order.unbind(dim=1):
-        for operation, amount in enumerate(amounts):
+        for operation, amount in enumerate(amounts[..., None, None, None]):
             yield parameters.jitter & (codes == operation), operation, amount
 
 
-def _change_colour(levels: torch.Tensor, operation: int, amount: torch.Tensor) -> torch.Tensor:
+def _change_colour(levels: Tensor, operation: int, amount: Tensor) -> Tensor:
     """One colour operation (code of `ViewParameters.order`) on all images, overwriting them."""
     if operation == 3:
         return _turn_hue(levels, amount)
     if operation == 0:
-        levels.mul_(_per_image(amount))
+        levels.mul_(amount)
     else:
         base = _grayscale(levels)
         if operation == 1:
             base = base.mean(dim=(2, 3), keepdim=True).add_(0.5).floor_()
-        levels.sub_(base).mul_(_per_image(amount)).add_(base)
+        levels.sub_(base).mul_(amount).add_(base)
     return levels.clamp_(0, 255).floor_()
 
 
-def _grayscale(levels: torch.Tensor) -> torch.Tensor:
+def _grayscale(levels: Tensor) -> Tensor:
     """Grey levels `(N, 1, H, W)`: ITU-R 601 luma in 16-bit fixed point, exact in float32 (all sums below 2^24)."""
     red, green, blue = levels.split(1, dim=1)
     luma = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768)
     return luma.mul_(1 / 65536).floor_()
 
 
-def _turn_hue(levels: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+def _turn_hue(levels: Tensor, turns: Tensor) -> Tensor:
     """Turn the hue, overwriting the images, through a hue and a saturation of 256 levels (Pillow's HSV mode).
 
     `position` is the hue in sixths of a turn times the chroma, so `42.5 position / chroma` is the hue's level. Back in
@@ -312,7 +287,7 @@ def _turn_hue(levels: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     position = torch.where(green == value, (blue - red).add_(chroma, alpha=2), position)
     position = torch.where(red == value, green - blue, position)
     position += chroma * (position < 0) * 6
-    hue = position.mul_(42.5).div_(chroma.clamp_min(1)).floor_().add_(_per_image(torch.trunc(turns * 255)))
+    hue = position.mul_(42.5).div_(chroma.clamp_min(1)).floor_().add_(torch.trunc(turns * 255))
     hue -= (hue / 256).floor_().mul_(256)  # wraps around as a byte
     sixths = hue.mul_(6).div_(255)
     depth = chroma.mul_(255).div_(value.clamp_min(1)).floor_().mul_(value).div_(255)
@@ -324,7 +299,7 @@ def _turn_hue(levels: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     return levels.round_()
 
 
-def _crop_resize(images: torch.Tensor, parameters: ViewParameters, size: int, interpolation: str) -> torch.Tensor:
+def _crop_resize(images: Tensor, parameters: ViewParameters, size: int, interpolation: str) -> Tensor:
     """Crops resized to `(size, size)` and flipped, as whole levels in float32."""
     height, width = images.shape[2:]
     across = _resampling_weights(parameters.left, parameters.width, width, size, interpolation, parameters.flip)
@@ -332,7 +307,7 @@ def _crop_resize(images: torch.Tensor, parameters: ViewParameters, size: int, in
     return _resample(images, across[:, None], down[:, None])
 
 
-def _resize_whole(images: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+def _resize_whole(images: Tensor, size: int, interpolation: str) -> Tensor:
     """Images in [0, 1], the short side resized to `size` and the centre cut out."""
     height, width = images.shape[2:]
     if height == width == size:
@@ -347,13 +322,8 @@ def _resize_whole(images: torch.Tensor, size: int, interpolation: str) -> torch.
 
 
 def _resampling_weights(
-    start: torch.Tensor,
-    length: torch.Tensor,
-    total: int,
-    size: int,
-    filter_name: str,
-    flip: torch.Tensor | None = None,
-) -> torch.Tensor:
+    start: Tensor, length: Tensor, total: int, size: int, interpolation: str, flip: Tensor | None = None
+) -> Tensor:
     """Matrices `(N, size, total)` that resample `length` of `total` pixels from `start` on to `size` pixels."""
     target = torch.arange(size, dtype=torch.float32, device=start.device)[:, None]
     if flip is not None:
@@ -362,21 +332,19 @@ def _resampling_weights(
     length = length.float()[:, None, None]
     # Distance of pixel centres in units of the filter: a ratio of whole numbers, rounded only once.
     distance = ((2 * source + 1) * size - (2 * target + 1) * length).div_(2 * length.clamp_min(size)).abs_()
-    if filter_name == "bilinear":
+    if interpolation == "bilinear":
         weights = (1 - distance).clamp_min_(0)
     else:
-        near = (distance * 1.5).sub_(2.5).mul_(distance).mul_(distance).add_(1)
-        inner = distance < 1
-        distance.clamp_(max=2)
-        far = (distance * -0.5).add_(2.5).mul_(distance).sub_(4).mul_(distance).add_(2)
-        weights = torch.where(inner, near, far)
+        # Keys' cubic with a = -1/2, as a spline with knots at 1 and 2.
+        inner, outer = (1 - distance).clamp_min_(0), (2 - distance).clamp_min_(0)
+        weights = (outer - 1).mul_(0.5).mul_(outer).mul_(outer).add_((1 - 2 * inner).mul_(inner).mul_(inner))
     weights.mul_((source >= 0) & (source < length))  # nothing outside the crop takes part
     weights.div_(weights.sum(dim=2, keepdim=True))
-    # Pillow's fixed-point weights: they decide the frequent ties between two levels.
-    return weights.div_(_WEIGHT_UNIT).add_(0.5).floor_().mul_(_WEIGHT_UNIT)
+    # Pillow's weights of 22 bits after the point: they decide the frequent ties between two levels.
+    return weights.mul_(2**22).add_(0.5).floor_().mul_(2**-22)
 
 
-def _resample(images: torch.Tensor, across: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def _resample(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
     """Whole levels `(N, 3, size, size)`, rounded after each of the two products (halves up) as Pillow does."""
     device = images.device.type
     autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else None
@@ -389,27 +357,20 @@ def _resample(images: torch.Tensor, across: torch.Tensor, down: torch.Tensor) ->
         return levels.add_(0.5).floor_().clamp_(0, 255)
 
 
-def _tf32_parts(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _tf32_parts(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Two terms of the weights that both fit the 11 bits of TF32 (levels need 8), should products run in it."""
     coarse = (weights * 1024).round_().mul_(1 / 1024)
     return coarse, weights - coarse
 
 
-def _per_image(values: torch.Tensor) -> torch.Tensor:
-    """One number per image, ready to broadcast over its pixels."""
-    return values[:, None, None, None]
-
-
-def _check_sampling(n: int, image_size: tuple[int, int], strength: float) -> None:
+def _check_sampling(image_size: tuple[int, int], strength: float) -> None:
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}: write 1 for the full augmentation of ACL")
-    if n < 0:
-        raise ValueError(f"n must be a number of images (>= 0), got {n}: pass len(images)")
     if len(image_size) != 2 or min(image_size) < 1:
         raise ValueError(f"image_size must be (height, width) in pixels, got {image_size}: pass images.shape[-2:]")
 
 
-def _check_images(images: torch.Tensor) -> None:
+def _check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8:
         way_out = "convert floats in [0, 1] with (images * 255).round().to(torch.uint8)"
         raise TypeError(f"images must be uint8 (levels 0 to 255), got {images.dtype}: {way_out}")

@@ -17,11 +17,11 @@ PACKAGE = REPOSITORY / "hf_robust"
 # A file imports lower floors only. Changing this table is a decision of its own: docs/architecture.md shows it too.
 # "" is hf_robust/__init__.py, "objectives" is hf_robust/objectives/__init__.py.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("losses", "attacks", "optim", "models.norm"),
+    ("losses", "attacks", "optim", "models.norm", "image_decoding", "image_sources"),
     ("data", "views", "models.backbones", "models.modeling", "models.encoder", "models.native"),
     ("objectives.base", "models", "_lazy"),
     (
-        *("objectives.simclr", "objectives.acl", "objectives.dynacl", "objectives.air"),
+        "objectives.*",  # every method: adding one touches no list
         *("evaluation.linear_probe", "evaluation.probe", "evaluation.pictures"),
         *("evaluation.environment", "evaluation.report"),
     ),
@@ -34,8 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 SIBLINGS: dict[str, tuple[str, ...]] = {
     "models.modeling": ("models.backbones",),
     "models.encoder": ("models.backbones",),
-    "objectives.dynacl": ("objectives.acl",),
-    "objectives.air": ("objectives.acl", "objectives.dynacl"),
+    "objectives.*": ("objectives.*",),
     "evaluation.report": ("evaluation.environment",),
     "evaluation.probe": ("evaluation.linear_probe", "evaluation.report"),
     "evaluation.pictures": ("evaluation.report",),
@@ -95,6 +94,11 @@ def import_targets(node: ast.AST, package: list[str]) -> list[str]:
     return []
 
 
+def place(name: str) -> str:
+    """The name under which a file stands in the tables: a method's file is one of `objectives.*`."""
+    return "objectives.*" if name.startswith("objectives.") and name != "objectives.base" else name
+
+
 def violations(package: Path) -> list[str]:
     """What breaks the table: a file without a floor, or an import that does not go down."""
     floor_of = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -102,14 +106,14 @@ def violations(package: Path) -> list[str]:
     found = []
     for name, path in known.items():
         label = path.relative_to(package).as_posix()
-        if name not in floor_of:
+        if place(name) not in floor_of:
             found.append(f"{label} has no floor: give it one in FLOORS and in docs/architecture.md")
             continue
         for line, target in house_imports(name, path, known):
-            floor = floor_of.get(target, len(FLOORS))
-            if floor < floor_of[name] or target in SIBLINGS.get(name, ()):
+            floor = floor_of.get(place(target), len(FLOORS))
+            if floor < floor_of[place(name)] or place(target) in SIBLINGS.get(place(name), ()):
                 continue
-            found.append(f"{label}:{line} (floor {floor_of[name]}) imports hf_robust.{target} (floor {floor})")
+            found.append(f"{label}:{line} (floor {floor_of[place(name)]}) imports hf_robust.{target} (floor {floor})")
     return found
 
 
@@ -144,14 +148,14 @@ def test_every_import_goes_down():
 def test_floors_name_each_file_once_and_only_files_that_exist():
     names = [name for floor in FLOORS for name in floor]
     assert len(names) == len(set(names))
-    assert sorted(set(names) - set(modules(PACKAGE))) == []
+    assert sorted(set(names) - {place(name) for name in modules(PACKAGE)}) == []
 
 
 def test_siblings_share_a_floor():
     floor_of = {name: number for number, names in enumerate(FLOORS) for name in names}
     for name, siblings in SIBLINGS.items():
         assert {floor_of[sibling] for sibling in siblings} == {floor_of[name]}
-        assert not any(name in SIBLINGS.get(sibling, ()) for sibling in siblings), "a circle"
+        assert not any(name in SIBLINGS.get(s, ()) for s in siblings if s != name), "a circle"
 
 
 def test_the_document_shows_the_same_floors():
@@ -176,7 +180,7 @@ def test_the_document_shows_the_same_floors():
             r"losses.py:\d+ .*hf_robust.data",
         ),
         ("objectives/base.py", "from ..hub import save_encoder", r"objectives/base.py:\d+ .*hf_robust.hub"),
-        ("objectives/simclr.py", "from . import acl", r"objectives/simclr.py:\d+ .*hf_robust.objectives.acl"),
+        ("objectives/base.py", "from . import acl", r"objectives/base.py:\d+ .*hf_robust.objectives.acl"),
         ("models/backbones.py", "from . import modeling", r"models/backbones.py:\d+ .*models.modeling"),
         ("evaluation/__init__.py", "from ..trainer import RobustPretrainer", r"evaluation/__init__.py:\d+ .*trainer"),
         ("attacks.py", "from hf_robust import PGD", r"attacks.py:\d+ .*hf_robust\. \(floor 7\)"),

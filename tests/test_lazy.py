@@ -90,7 +90,8 @@ assert inspect.getsource(timm).strip() == "NAME = 'fake'"
 assert importlib.reload(timm) is timm
 importlib.reload(hf_robust)
 assert len(finders()) == 1
-importlib.reload(_lazy).install_import_hooks()
+importlib.reload(_lazy)._REGISTRATIONS = {_lazy._TIMM: ("ours_timm",), _lazy._AUTO: ("ours_auto",)}
+_lazy.install_import_hooks()
 assert len(finders()) == 1
 """,
         tmp_path,
@@ -110,6 +111,16 @@ def test_auto_classes_wait_for_the_end_of_the_outermost_transformers_import(tmp_
     out = run(PREPARE + "import transformers.pipelines; assert not finders()", tmp_path)
     # timm does not wait: it is complete, and the rest of the import may already build one of its networks
     assert out.split("\n") == ["registered with fake", "registered auto late", ""]
+
+
+def test_nothing_is_registered_with_a_half_imported_timm(tmp_path):
+    write(
+        tmp_path,
+        timm="import transformers.models.auto.configuration_auto\nNAME = 'fake'",
+        transformers__models__auto__configuration_auto="",
+        **PROBES,
+    )
+    assert run(PREPARE + "import timm", tmp_path).split("\n") == ["registered with fake", "registered auto", ""]
 
 
 def test_hooks_before_transformers():

@@ -80,11 +80,12 @@ class CifarResNet(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
-        self.conv1 = nn.Conv2d(self.in_chans, channels[0], 3, stride=stem_stride, padding=1, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
-        for info in self.feature_info:
-            info["reduction"] = max(1, info["reduction"] * stem_stride // (2 if info["module"] == "act1" else 4))
+        stem = nn.Conv2d(self.in_chans, channels[0], 3, stride=stem_stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self._modules.update(conv1=stem, maxpool=nn.Identity())
+        infos: list[dict[str, Any]] = self.feature_info
+        for info, reduction in zip(infos, (1, 1, 2, 4, 8), strict=True):
+            info["reduction"] = reduction * stem_stride
 
 
 class PreActivationBlock(nn.Module):

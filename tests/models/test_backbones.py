@@ -109,6 +109,13 @@ def test_feature_maps_of_the_cifar_stem_keep_full_resolution():
         (8, 32, 32), (8, 32, 32), (12, 16, 16), (16, 8, 8), (32, 4, 4)]  # fmt: skip
 
 
+def test_strided_stem_quarters_the_maps_and_keeps_the_weights():
+    net = timm.create_model("resnet10_cifar", features_only=True, channels=(8, 12, 16, 32), stem_stride=2)
+    assert net.feature_info.reduction() == [2, 2, 4, 8, 16]
+    assert [m.shape[-1] for m in net(torch.rand(1, 3, 32, 32))] == [16, 16, 8, 4, 2]
+    assert net.conv1.weight.shape == (8, 3, 3, 3)
+
+
 def test_feature_maps_of_the_wide_resnet():
     net = timm.create_model("wide_resnet28_10", features_only=True, depth=10, width=2)
     assert net.feature_info.reduction() == [1, 1, 2, 4]
@@ -238,6 +245,8 @@ def test_impossible_arguments_are_refused():
         create_backbone("resnet18", model_args={"num_classes": 3})
     with pytest.raises(ValueError, match="four positive widths"):
         create_backbone("resnet10_cifar", model_args={"channels": (7, 8, 8, 8)})
+    with pytest.raises(ValueError, match="stem_stride must be 1"):
+        create_backbone("resnet10_cifar", model_args={"stem_stride": 3})
     with pytest.raises(ValueError, match="fixed stem, got stem_type"):
         create_backbone("resnet10_cifar", model_args={"stem_type": "deep"})
     with pytest.raises(ValueError, match="6 n \\+ 4"):
