@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -88,6 +88,17 @@ class PretrainRun:
         return json.loads(self.model.model_args)
 
 
+class _ShortErrors(argparse.ArgumentParser):
+    """Errors in two lines: the stock parser prints a hundred lines of usage before the one that matters."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog}: --help lists all flags\n")
+
+
+class _Parser(_ShortErrors, HfArgumentParser):
+    """Reads all flags."""
+
+
 def parse_pretrain(
     argv: Sequence[str] | None = None, *, default_config: str | Path | None = None, description: str | None = None
 ) -> PretrainRun:
@@ -102,7 +113,7 @@ def parse_pretrain(
         [`PretrainRun`]: the run. Errors print one line to stderr and exit with status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = _ShortErrors(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--objective")
     first.add_argument("--base")
@@ -161,7 +172,7 @@ def _has_base(kind: type[Objective]) -> bool:
 
 
 def _parser(types: Sequence[type[Any]], description: str | None) -> argparse.ArgumentParser:
-    parser = HfArgumentParser(
+    parser = _Parser(
         [_without_base(t) for t in types],
         description=description,
         allow_abbrev=False,

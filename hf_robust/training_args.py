@@ -80,7 +80,8 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if not torch.cuda.is_available():
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise bf16 is refused on a machine that has only a CPU
             self.dataloader_pin_memory = False
         super().__post_init__()
         for name in ("learning_rate", "momentum", "warmup_epochs", "min_learning_rate", "probe_every", "weight_decay"):

@@ -76,7 +76,9 @@ def plot_curves(
             axis.set_title(name, loc="left")
             draw(axis, runs, chance)
         axes[-1, 0].set_xlabel("epoch" if _has_epochs(runs) else "step")
-        axes[-1, 0].margins(x=0.01)
+        axes[-1, 0].margins(x=0.015)
+        figure.align_ylabels(axes[:, 0])
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.10)
         _save(figure, path)
 
 
@@ -105,7 +107,7 @@ def plot_examples(
         attack (`PGD`): the attack.
         label_names (`Sequence[str]`, *optional*): names of the classes; default: their numbers.
         amplification (`float`, *optional*): factor of the drawn perturbation; default: the whole number that
-            brings the largest drawn perturbation close to half the grey range.
+            brings the largest change close to a third of the grey range (10 for 8/255).
         seed (`int`, defaults to 0): of the attack's random start; the global random state is not used.
 
     Raises:
@@ -119,7 +121,7 @@ def plot_examples(
     columns = {name: _attacked(model, images, labels, attack, seed) for name, model in classifiers.items()}
     if amplification is None:
         largest = max(float((x_adv - images).abs().max()) for x_adv, _, _ in columns.values())
-        amplification = max(1.0, float(round(0.5 / largest))) if largest > 0 else 1.0
+        amplification = max(1.0, float(round(0.32 / largest))) if largest > 0 else 1.0
     with _style():
         figure, axes = _grid(len(images), len(classifiers), images.shape[-1] / images.shape[-2])
         _write_titles(figure, axes[0], list(classifiers), attack, amplification)
@@ -152,7 +154,7 @@ def _grid(rows: int, groups: int, aspect: float) -> tuple[Any, list[list[Any]]]:
     from matplotlib.figure import Figure
 
     side, gap, group_gap = 1.3, 0.12, 0.42
-    left, right, top, bottom = 1.05, 0.35, 1.12, 0.12
+    left, right, top, bottom = 1.05, 0.35, 1.30, 0.12
     caption = 0.34 + 0.19 * (groups - 1)
     width = min(max(side * aspect, 1.0), 2.6)
     starts = [left]
@@ -170,14 +172,17 @@ def _grid(rows: int, groups: int, aspect: float) -> tuple[Any, list[list[Any]]]:
 
 def _write_titles(figure: Any, axes: list[Any], names: list[str], attack: PGD, amplification: float) -> None:
     height, width = figure.get_figheight(), figure.get_figwidth()
+    plain = {"fontsize": 10.5, "fontweight": "normal"}
     norm = {"linf": "L-inf", "l2": "L2"}[attack.norm]
     title = f"PGD-{attack.steps}, {norm}, eps {format_eps(attack.eps)}"
     figure.text(0.16 / width, 1 - 0.16 / height, title, ha="left", va="top", fontsize=12, weight="bold", color=INK)
-    axes[0].set_title("clean image", pad=6)
+    legend = "left: true class; below: prediction and confidence, green right, red wrong"
+    figure.text(0.16 / width, 1 - 0.41 / height, legend, ha="left", va="top", fontsize=9, color=MUTED)
+    axes[0].set_title("clean image", pad=6, **plain)
     for group, name in enumerate(names):
         first, second = axes[2 * group + 1], axes[2 * group + 2]
-        first.set_title(f"change \u00d7 {amplification:g}", pad=6)
-        second.set_title("attacked", pad=6)
+        first.set_title(f"change \u00d7 {amplification:g}", pad=6, **plain)
+        second.set_title("attacked", pad=6, **plain)
         start, end = first.get_position().x0, second.get_position().x1
         top = first.get_position().y1 + 0.30 / height
         line = {"color": COLOURS[group % len(COLOURS)], "linewidth": 1.6}
@@ -289,7 +294,7 @@ def _draw_schedule(axis: Any, runs: Mapping[str, History], chance: float | None)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("learning rate")
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=False)
-    _legend(axis)
+    _legend(axis, room=0.1 if right is None else 0.7)
 
 
 def _right_axis(axis: Any) -> Any:
@@ -301,13 +306,12 @@ def _right_axis(axis: Any) -> Any:
     return right
 
 
-def _legend(axis: Any) -> None:
-    offset = 1.10 if axis.get_shared_x_axes().get_siblings(axis) and _has_twin(axis) else 1.01
-    axis.legend(loc="upper left", bbox_to_anchor=(offset, 1.02), borderaxespad=0.0)
+def _legend(axis: Any, room: float = 0.1) -> None:
+    """Put the legend to the right of the panel, `room` inches away from it."""
+    from matplotlib.transforms import ScaledTranslation
 
-
-def _has_twin(axis: Any) -> bool:
-    return any(other is not axis and other.bbox.bounds == axis.bbox.bounds for other in axis.figure.axes)
+    moved = axis.transAxes + ScaledTranslation(room, 0, axis.figure.dpi_scale_trans)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), bbox_transform=moved, borderaxespad=0.0)
 
 
 def _label(run: str, what: str) -> str:
@@ -321,7 +325,7 @@ def _loss_label(key: str) -> str:
 
 def _metric_label(key: str) -> str:
     title = describe_metric(key.removeprefix("probe_"))["title"]
-    return title.replace(" accuracy", "", 1)
+    return title.replace(" accuracy", "", 1).replace("Standard", "standard")
 
 
 def _keys(runs: Mapping[str, History]) -> list[str]:
@@ -372,7 +376,8 @@ def _style() -> Iterator[None]:
                 "savefig.dpi": 150,
                 "figure.facecolor": "white",
                 "font.size": 10.5,
-                "axes.titlesize": 10.5,
+                "axes.titlesize": 11.5,
+                "axes.titleweight": "bold",
                 "axes.edgecolor": MUTED,
                 "axes.labelcolor": INK,
                 "axes.grid": True,
