@@ -23,6 +23,7 @@ from hf_robust.callbacks import MethodCallback, average_buffers, update_ema
 from hf_robust.data import EpochSampler, ImageDataset, collate_images
 from hf_robust.evaluation.probe import ProbeResult, probe_encoder
 from hf_robust.hub import save_encoder
+from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
 from hf_robust.optim import LARS, warmup_cosine
 from hf_robust.training_args import RobustTrainingArguments
@@ -75,6 +76,8 @@ class RobustTrainer(Trainer):
         if args.world_size > 1:
             # Otherwise the last batch repeats images on some rank: false negatives of a contrastive loss.
             args.dataloader_drop_last = True
+        if args.sync_norm:
+            synchronize_norms(model)
         if train_dataset is not None:
             args.check_batch(len(train_dataset))
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_images, **kwargs)
@@ -83,6 +86,7 @@ class RobustTrainer(Trainer):
         self.attack = attack if attack is not None else PGD()
         self.sampler: EpochSampler | None = None
         self.teacher = self._build_teacher()
+        self._strength = 1.0
         self._terms: dict[str, Tensor] = {}
         self._recorded = 0
         self._broken = torch.zeros((), dtype=torch.bool, device=self.args.device)
@@ -106,6 +110,7 @@ class RobustTrainer(Trainer):
     ) -> Any:
         """Make views, attack them and sum the objective's terms (see `Trainer.compute_loss`)."""
         generator = self._step_generator()
+        self._strength = self.objective.strength(self.progress)
         with torch.no_grad():
             batch = self.prepare_batch(inputs, generator)
         context = StepContext(self._training_attack(generator), self.progress, self.teacher)
@@ -232,7 +237,7 @@ class RobustTrainer(Trainer):
             means = self.accelerator.reduce(torch.stack(list(terms.values())) / self._recorded, "mean").tolist()
             logs["loss"] = means[-1]
             logs.update({f"loss_{name}": value for name, value in zip(terms, means, strict=True) if name != "total"})
-            logs["strength"] = self.objective.strength(self.progress)
+            logs["strength"] = self._strength
             self._terms, self._recorded = {}, 0
         super().log(logs, start_time)
         self._stop_if_broken()
@@ -311,8 +316,7 @@ class RobustPretrainer(RobustTrainer):
 
     def prepare_batch(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the objective's views at the present augmentation strength."""
-        strength = self.objective.strength(self.progress)
-        batch = self.views(inputs["image"], self.objective.views, strength=strength, generator=generator)
+        batch = self.views(inputs["image"], self.objective.views, strength=self._strength, generator=generator)
         if self.args.channels_last:
             batch = {name: x.contiguous(memory_format=torch.channels_last) for name, x in batch.items()}
         return batch

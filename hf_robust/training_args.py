@@ -51,6 +51,10 @@ class RobustTrainingArguments(TrainingArguments):
     channels_last: bool = field(
         default=False, metadata={"help": "Keep images and weights in channels-last memory order; same mathematics."}
     )
+    sync_norm: bool = field(
+        default=False,
+        metadata={"help": "Several processes: norm statistics of the whole batch, as one process would have them."},
+    )
     probe_every: float = field(
         default=0.0, metadata={"help": "Epochs between linear probes (standard and PGD-20 accuracy); 0: never."}
     )

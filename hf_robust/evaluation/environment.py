@@ -81,7 +81,7 @@ def collect_environment() -> dict[str, Any]:
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+        except Exception:  # noqa: BLE001 - not installed, or its metadata is damaged: unknown either way
             continue
     package_folder = Path(hf_robust.__file__).resolve().parent
     return {

@@ -75,10 +75,9 @@ def plot_curves(
         for axis, (name, draw) in zip(axes[:, 0], panels, strict=True):
             axis.set_title(name, loc="left")
             draw(axis, runs, chance)
-        axes[-1, 0].set_xlabel("epoch" if _has_epochs(runs) else "step")
+        axes[-1, 0].set_xlabel("epoch" if "epoch" in _keys(runs) else "step")
         axes[-1, 0].margins(x=0.015)
         figure.align_ylabels(axes[:, 0])
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.10)
         _save(figure, path)
 
 
@@ -123,12 +122,12 @@ def plot_examples(
         largest = max(float((x_adv - images).abs().max()) for x_adv, _, _ in columns.values())
         amplification = max(1.0, float(round(0.32 / largest))) if largest > 0 else 1.0
     with _style():
-        figure, axes = _grid(len(images), len(classifiers), images.shape[-1] / images.shape[-2])
+        truths = [_label_name(int(label), label_names) for label in labels]
+        figure, axes = _grid(truths, len(classifiers), images.shape[-1] / images.shape[-2])
         _write_titles(figure, axes[0], list(classifiers), attack, amplification)
-        for row in range(len(images)):
-            truth = int(labels[row])
+        for row, truth in enumerate(labels.tolist()):
             _show(axes[row][0], images[row])
-            axes[row][0].set_ylabel(_label_name(truth, label_names), rotation=0, ha="right", va="center", labelpad=8)
+            axes[row][0].set_ylabel(truths[row], rotation=0, ha="right", va="center", labelpad=8)
             verdicts = []
             for group, (name, (x_adv, before, after)) in enumerate(columns.items()):
                 _show(axes[row][2 * group + 1], 0.5 + amplification * (x_adv[row] - images[row]))
@@ -149,21 +148,21 @@ def _attacked(
         return x_adv, softmax(model(images).float(), dim=1).cpu(), softmax(model(x_adv).float(), dim=1).cpu()
 
 
-def _grid(rows: int, groups: int, aspect: float) -> tuple[Any, list[list[Any]]]:
+def _grid(truths: list[str], groups: int, aspect: float) -> tuple[Any, list[list[Any]]]:
     """Lay the images out in inches by hand: captions need the same room whatever the image size."""
     from matplotlib.figure import Figure
 
     side, gap, group_gap = 1.3, 0.12, 0.42
-    left, right, top, bottom = 1.05, 0.35, 1.30, 0.12
+    left, right, top, bottom = max(0.85, 0.3 + 0.1 * max(map(len, truths))), 0.35, 1.30, 0.12
     caption = 0.34 + 0.19 * (groups - 1)
     width = min(max(side * aspect, 1.0), 2.6)
     starts = [left]
     for _ in range(groups):
         starts += [starts[-1] + width + group_gap, starts[-1] + 2 * width + group_gap + gap]
-    total_width, total_height = starts[-1] + width + right, top + bottom + rows * (side + caption)
+    total_width, total_height = starts[-1] + width + right, top + bottom + len(truths) * (side + caption)
     figure = Figure(figsize=(total_width, total_height))
     axes = []
-    for row in range(rows):
+    for row in range(len(truths)):
         y = total_height - top - side - row * (side + caption)
         boxes = [(x / total_width, y / total_height, width / total_width, side / total_height) for x in starts]
         axes.append([figure.add_axes(box) for box in boxes])
@@ -171,6 +170,8 @@ def _grid(rows: int, groups: int, aspect: float) -> tuple[Any, list[list[Any]]]:
 
 
 def _write_titles(figure: Any, axes: list[Any], names: list[str], attack: PGD, amplification: float) -> None:
+    from matplotlib.lines import Line2D
+
     height, width = figure.get_figheight(), figure.get_figwidth()
     plain = {"fontsize": 10.5, "fontweight": "normal"}
     norm = {"linf": "L-inf", "l2": "L2"}[attack.norm]
@@ -185,15 +186,9 @@ def _write_titles(figure: Any, axes: list[Any], names: list[str], attack: PGD, a
         second.set_title("attacked", pad=6, **plain)
         start, end = first.get_position().x0, second.get_position().x1
         top = first.get_position().y1 + 0.30 / height
-        line = {"color": COLOURS[group % len(COLOURS)], "linewidth": 1.6}
-        figure.add_artist(_line([start, end], [top, top], transform=figure.transFigure, **line))
+        colour = COLOURS[group % len(COLOURS)]
+        figure.add_artist(Line2D([start, end], [top, top], color=colour, transform=figure.transFigure))
         figure.text((start + end) / 2, top + 0.05 / height, name, ha="center", va="bottom", fontsize=12, weight="bold")
-
-
-def _line(*args: Any, **kwargs: Any) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D(*args, **kwargs)
 
 
 def _show(axis: Any, image: Tensor) -> None:
@@ -340,7 +335,8 @@ def _loss_keys(runs: Mapping[str, History]) -> list[str]:
 def _without_double(keys: list[str], runs: Mapping[str, History]) -> list[str]:
     """With a single term, the total says the same."""
     first, second = ([value for history in runs.values() for value in _series(history, key)[1]] for key in keys)
-    return keys[:1] if first == second else sorted(keys, key=lambda key: key != "loss")
+    same = len(first) == len(second) and all(map(math.isclose, first, second))
+    return keys[:1] if same else sorted(keys, key=lambda key: key != "loss")
 
 
 def _probe_keys(runs: Mapping[str, History]) -> list[str]:
@@ -352,15 +348,11 @@ def _schedule_keys(runs: Mapping[str, History]) -> list[str]:
     return [key for key in _keys(runs) if key in ("learning_rate", "strength")]
 
 
-def _has_epochs(runs: Mapping[str, History]) -> bool:
-    return any("epoch" in entry for history in runs.values() for entry in history)
-
-
 def _series(history: History, key: str) -> Series:
     """Values of one key over epochs (steps without them), in the order of the log."""
     points = [(entry.get("epoch", entry.get("step")), entry[key]) for entry in history if entry.get(key) is not None]
-    points = [(float(x), float(y)) for x, y in points if x is not None and math.isfinite(float(y))]
-    return [x for x, _ in points], [y for _, y in points]
+    kept = [(float(x), float(y)) for x, y in points if x is not None and math.isfinite(float(y))]
+    return [x for x, _ in kept], [y for _, y in kept]
 
 
 @contextlib.contextmanager
@@ -375,6 +367,8 @@ def _style() -> Iterator[None]:
                 "figure.dpi": 150,
                 "savefig.dpi": 150,
                 "figure.facecolor": "white",
+                "figure.constrained_layout.w_pad": 0.12,
+                "figure.constrained_layout.h_pad": 0.10,
                 "font.size": 10.5,
                 "axes.titlesize": 11.5,
                 "axes.titleweight": "bold",

@@ -6,9 +6,11 @@ features and not by the luck of a classifier. It measures; it is not the publish
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,18 +129,16 @@ def extract_features(
         size (`int`): side S in pixels the images are brought to, as the view `"original"`.
         batch_size (`int`, defaults to 256): images per call.
         device (`str` or `torch.device`, *optional*): where the images are sent; default: the device of the module
-            that `features` is or belongs to, otherwise the CPU.
+            that `features` is, belongs to or names (as in `lambda x: model.features(x, "adv")`), else the CPU.
         progress (`bool`, defaults to `False`): show a bar when it takes more than a few seconds.
 
     Returns:
         `torch.Tensor` of shape `(N, D)`: float32, on the CPU.
 
     Raises:
-        ValueError: for an empty data set, or features that are not 2-d or not finite.
+        ValueError: for features that are not 2-d or not finite.
     """
     device = _device(features, device)
-    if len(dataset) == 0:
-        raise ValueError(f"the data set {dataset.name!r} has 0 images, features need at least 1: check its split")
     views, parts = Views(size=size), []
     with _bar(len(dataset), f"features of {dataset.name}", progress) as bar, _full_precision(device):
         for images, _ in _batches(dataset, batch_size):
@@ -180,7 +180,7 @@ def probe_encoder(
         eps (`float`, defaults to 8/255, as published): budget, pixels in [0, 1].
         step_size (`float`, defaults to 2/255, as published): step, same unit.
         steps (`int`, defaults to 20, as published): gradient steps.
-        n_train (`int`, *optional*): use a class-stratified subset of about the same class shares; default, or
+        n_train (`int`, *optional*): use a class-stratified subset; default, or
             when the data set has fewer: all.
         n_eval (`int`, *optional*): the same for the evaluation.
         batch_size (`int`, defaults to 256): images per batch.
@@ -249,12 +249,16 @@ def _accuracies(
             x, y = views(images.to(device), ["original"])["original"], labels.to(device)
             with torch.no_grad():
                 standard += _count_right(logits(x), y)
-            # The sum, not the mean: each image's gradient is its own, whatever batch it sits in.
-            x_adv = attack(lambda x, y=y: cross_entropy(logits(x), y, reduction="sum"), x, generator=generator)
+            x_adv = attack(partial(_summed_loss, logits, y), x, generator=generator)
             with torch.no_grad():
                 attacked += _count_right(logits(x_adv), y)
             bar.update(len(images))
     return standard / len(dataset), attacked / len(dataset)
+
+
+def _summed_loss(logits: Callable[[Tensor], Tensor], labels: Tensor, images: Tensor) -> Tensor:
+    # The sum, not the mean: each image's gradient is its own, whatever batch it sits in.
+    return cross_entropy(logits(images), labels, reduction="sum")
 
 
 def _count_right(logits: Tensor, labels: Tensor) -> int:
@@ -287,11 +291,12 @@ def stratified_indices(labels: Tensor, n: int, seed: int = 0) -> Tensor:
             f"got n={n}, a stratified subset needs {len(classes)} (one per class) to {len(labels)} (all) samples: "
             "choose n in that range, or None for all"
         )
-    quota = ((n - len(classes)) * (counts - 1)).double() / max(len(labels) - len(classes), 1) + 1
-    share = quota.floor().long()
-    # Largest remainders get what rounding down left over; a stable sort keeps ties in class order.
-    rest = (quota - share).argsort(descending=True, stable=True)[: n - int(share.sum())]
-    share[rest] += 1
+    quota = n * counts.double() / len(labels)
+    share = quota.floor().long().clamp_min(1)
+    # What rounding left over goes to the largest remainders; what "at least one" took comes from the best served.
+    while (missing := n - int(share.sum())) != 0:
+        gain = (quota - share) if missing > 0 else (share - quota).masked_fill(share == 1, -torch.inf)
+        share[gain.argmax()] += 1 if missing > 0 else -1
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label, size in zip(classes, share.tolist(), strict=True):
@@ -335,9 +340,12 @@ def _check_classes(train: ImageDataset, train_labels: Tensor, eval_labels: Tenso
 def _device(features: Features, device: str | torch.device | None) -> torch.device:
     if device is not None:
         return torch.device(device)
-    module = features if isinstance(features, nn.Module) else getattr(features, "__self__", None)
-    parameter = next(module.parameters(), None) if isinstance(module, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
+    seen: list[Any] = [features, getattr(features, "__self__", None)]
+    if inspect.isfunction(features):  # such as `lambda x: model.features(x, "adv")`
+        names = inspect.getclosurevars(features)
+        seen += [*names.nonlocals.values(), *names.globals.values()]
+    parameters = (p for item in seen if isinstance(item, nn.Module) for p in item.parameters())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def _full_precision(device: torch.device) -> torch.autocast:

@@ -8,15 +8,17 @@ the next forward pass.
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["BranchSwitch", "NormBranches", "add_norm_branches", "export_branch", "use_branch"]
+__all__ = ["BranchSwitch", "NormBranches", "add_norm_branches", "export_branch", "synchronize_norms", "use_branch"]
 
 
 class BranchSwitch:
@@ -238,3 +240,67 @@ def export_branch(module: nn.Module, branch: str) -> nn.Module:
             if isinstance(child, NormBranches):
                 setattr(parent, name, getattr(child, branch))
     return out
+
+
+def synchronize_norms(module: nn.Module) -> int:
+    """Let batch norms in train mode normalise with the statistics of all processes together, in place.
+
+    Then P processes with N / P images each compute what one process computes with N, gradients and running statistics
+    included. Layers keep their type, state and keys. Runs on every backend (torch's own `SyncBatchNorm` needs a GPU)
+    and keeps the activation inside timm's `BatchNormAct2d`.
+
+    Args:
+        module (`nn.Module`): Any model; without a process group its layers act as before.
+
+    Returns:
+        `int`: The number of layers.
+
+    Source: Ioffe and Szegedy 2015 on the global batch; variance in two passes, biased for the output and unbiased for
+    the running statistics, as torch does.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    for layer in layers:
+        layer.forward = types.MethodType(_synchronized_forward, layer)  # type: ignore[method-assign]
+    return len(layers)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose gradient is all-reduced, too: every process's output depends on every process's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def _synchronized_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    if alone or not layer.training:
+        return type(layer).forward(layer, x)
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    dims = [0, *range(2, x.dim())]
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x if x.dtype == torch.float64 else x.float()
+        count = torch.full((1,), wide.numel() / wide.shape[1], dtype=wide.dtype, device=x.device)
+        dist.all_reduce(count)
+        mean = _SumOverProcesses.apply(wide.sum(dims)) / count
+        centred = wide - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(dims)) / count
+        y = centred * torch.rsqrt(variance + layer.eps).view(shape)
+        if layer.affine:
+            y = y * layer.weight.view(shape) + layer.bias.view(shape)
+    if layer.track_running_stats:
+        with torch.no_grad():
+            layer.num_batches_tracked.add_(1)
+            rate = 1 / layer.num_batches_tracked if layer.momentum is None else layer.momentum
+            layer.running_mean.lerp_(mean.to(layer.running_mean), rate)
+            layer.running_var.lerp_((variance * count / (count - 1)).to(layer.running_var), rate)
+    y = y.to(x.dtype)
+    return layer.act(layer.drop(y)) if hasattr(layer, "act") else y

@@ -1,0 +1,344 @@
+"""The model card of one encoder, written from its report and from nothing else.
+
+A number the report does not hold has no row in the card. Nothing here talks to a network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .evaluation.report import EncoderReport, binomial_interval, describe_metric, format_eps, write_text
+
+__all__ = ["model_card_data", "write_model_card"]
+
+_TAGS = ("adversarial-robustness", "contrastive-learning", "self-supervised-learning", "timm", "hf_robust")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
+_PICTURES = (
+    ("curves.png", "Loss terms, linear-probe accuracies and schedule over the training"),
+    ("examples.png", "Images, the amplified change an attack makes, and the predictions before and after"),
+)
+
+
+def write_model_card(report: EncoderReport | Mapping[str, Any], directory: str | os.PathLike[str]) -> Path:
+    """Write `README.md` of an encoder from its report.
+
+    Pictures (`curves.png`, `examples.png`) are shown when they lie in `directory`; when they lie in its parent they
+    are copied first, so that the folder can be uploaded as it is.
+
+    Args:
+        report (`EncoderReport` or `Mapping`): what is known about the encoder.
+        directory (`str` or `PathLike`): the folder that will hold the card; made when missing.
+
+    Returns:
+        `Path`: the card.
+
+    Raises:
+        ValueError: if the report does not fit its schema, or a data set's `hub_id` cannot be one.
+    """
+    report = report if isinstance(report, EncoderReport) else EncoderReport.from_dict(report)
+    directory = Path(directory)
+    sections = (
+        _introduction(report),
+        _usage(report, directory),
+        _threat_model(report),
+        _results(report),
+        _recipe(report),
+        _pictures(directory),
+        _limits(report),
+        _citation(report),
+    )
+    body = "\n\n".join(section for section in sections if section)
+    return write_text(directory / "README.md", f"---\n{model_card_data(report).to_yaml()}\n---\n\n{body}\n")
+
+
+def model_card_data(report: EncoderReport) -> ModelCardData:
+    """Build the metadata block of the card: tags, data set and this encoder's results.
+
+    Args:
+        report (`EncoderReport`): what is known about the encoder.
+
+    Returns:
+        `ModelCardData`: accuracies stay fractions in [0, 1], with metric names that carry the attack.
+
+    Raises:
+        ValueError: if a data set's `hub_id` cannot be a repository id.
+    """
+    hub_id = _hub_id(report.dataset)
+    objective = re.sub(r"[^a-z0-9]+", "-", str(report.objective.get("name") or "").lower()).strip("-")
+    results = [entry for result in _own_results(report) for entry in _eval_results(result, report)]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        license=report.license,
+        datasets=[hub_id] if hub_id else None,
+        tags=[*_TAGS, *([objective] if objective else [])],
+        model_name=report.name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(result: dict[str, Any], report: EncoderReport) -> list[EvalResult]:
+    dataset = result.get("dataset") or report.dataset
+    name = dataset.get("name") or _hub_id(dataset)
+    if not name:
+        return []
+    entries = []
+    protocol = result.get("protocol")
+    for key, value in result.get("metrics", {}).items():
+        if value is None:
+            continue
+        words = describe_metric(key)
+        arguments: dict[str, Any] = {k: words[k] for k in ("attack", "norm", "eps") if k in words}
+        if "attack" in words:
+            arguments |= {k: v for k, v in (result.get("attack") or {}).items() if k not in ("norm", "eps")}
+        arguments |= {k: result[k] for k in ("n_train", "n_eval", "seed") if result.get(k) is not None}
+        entries.append(
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=_hub_id(dataset) or str(name),
+                dataset_name=str(name),
+                dataset_split=result.get("split") or (result.get("dataset") or {}).get("split"),
+                metric_type="accuracy" if key.endswith("accuracy") else key,
+                metric_name=f"{words['title']}, {protocol}" if protocol else words["title"],
+                metric_value=value,
+                metric_args=arguments or None,
+            )
+        )
+    return entries
+
+
+def _introduction(report: EncoderReport) -> str:
+    method, dataset = report.objective.get("name"), report.dataset.get("name")
+    what = f"`{report.architecture}` image encoder"
+    how = f" pre-trained without labels{f' by {method}' if method else ''}{f' on {dataset}' if dataset else ''}"
+    if report.threat_model:
+        why = "It was trained on attacked images, so that classifiers on its features resist small changes."
+    else:
+        why = "It was trained without an attack and is not robust: it is the contrast to encoders that are."
+    return f"# {_title(report.name)}\n\n{_article(what)} {what}{how}. {why}"
+
+
+def _article(words: str) -> str:
+    return "An" if words.strip("`")[:1].lower() in "aeio" else "A"
+
+
+def _title(name: str) -> str:
+    return name.replace("\n", " ")
+
+
+def _usage(report: EncoderReport, directory: Path) -> str:
+    where = report.hub_id or "PATH_OR_REPO"
+    plain = _loading_code(where)
+    if report.exported_format == "timm_wrapper":
+        text = f"Plain transformers, no remote code, nothing else to install:\n\n{plain}"
+    else:
+        text = (
+            "Stock timm cannot build this architecture, so import `hf_robust` first (`pip install hf_robust`):\n\n"
+            f"{_loading_code(where, first='import hf_robust  # registers the architecture')}\n\n"
+            "or let transformers run the code file of the repository:\n\n"
+            f"{_loading_code(where, arguments=', trust_remote_code=True', processor='')}"
+        )
+        if _has_native(report, directory):
+            native = _loading_code(where, arguments=', subfolder="native"')
+            text += (
+                "\n\nor take the exact re-expression on a stock architecture, without remote code; it has its own "
+                f"image processor, use the two together:\n\n{native}"
+            )
+    notes = []
+    if report.norm_branch:
+        notes.append(f"The exported normalisation branch is `{report.norm_branch}`.")
+    if report.image_size:
+        notes.append(f"Images are {report.image_size} x {report.image_size} pixels; the image processor resizes them.")
+    notes.append("Pixels are attacked in [0, 1], before the image processor normalises them.")
+    return f"## Use\n\n{text}\n\n{' '.join(notes)}"
+
+
+def _loading_code(where: str, *, first: str = "", arguments: str = "", processor: str | None = None) -> str:
+    processor = arguments if processor is None else processor
+    lines = [
+        *([first] if first else []),
+        "from transformers import AutoImageProcessor, AutoModel",
+        "",
+        f'processor = AutoImageProcessor.from_pretrained("{where}"{processor})',
+        f'encoder = AutoModel.from_pretrained("{where}"{arguments}).eval()',
+        'features = encoder(**processor(image, return_tensors="pt")).pooler_output  # (N, D)',
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _has_native(report: EncoderReport, directory: Path) -> bool:
+    if report.native is not None:
+        return report.native
+    return any((directory / folder / "config.json").is_file() for folder in ("native", "encoder/native"))
+
+
+def _threat_model(report: EncoderReport) -> str:
+    if not report.threat_model:
+        return "## Threat model\n\nNone: this encoder never saw an attacked image."
+    return "## Threat model\n\nThe attack of the training (pixels in [0, 1]):\n\n" + _table(
+        ("norm", "eps", "step size", "steps"), [_threat_row(report.threat_model)]
+    )
+
+
+def _threat_row(threat: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        _norm(threat.get("norm")),
+        *(_budget(threat.get(key)) for key in ("eps", "step_size")),
+        _cell(threat.get("steps")),
+    )
+
+
+def _results(report: EncoderReport) -> str:
+    """One table per protocol, rows are metrics, columns are models, ours first and bold."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for result in sorted(report.results, key=lambda result: result.get("model") != report.name):
+        dataset = (result.get("dataset") or report.dataset).get("name")
+        key = (result.get("protocol"), dataset, result.get("n_train"), result.get("n_eval"), result.get("seed"))
+        if any(value is not None for value in result.get("metrics", {}).values()):
+            groups.setdefault(key, []).append(result)
+    parts = [_results_table(report, key, results) for key, results in groups.items()]
+    return "\n\n".join(["## Results", *parts]) if parts else ""
+
+
+def _results_table(report: EncoderReport, key: tuple[Any, ...], results: list[dict[str, Any]]) -> str:
+    protocol, dataset, n_train, n_eval, seed = key
+    facts = [
+        *([f"on {dataset}"] if dataset else []),
+        *([f"fitted on {n_train} images"] if n_train is not None else []),
+        *([f"judged on {n_eval} images"] if n_eval is not None else []),
+        *([f"seed {seed}"] if seed is not None else []),
+    ]
+    title = ", ".join([(protocol or "results"), *facts])
+    names = list(dict.fromkeys(metric for result in results for metric in result["metrics"]))
+    names.sort(key=lambda name: name != "standard_accuracy")
+    rows = []
+    for name in names:
+        values = [result["metrics"].get(name) for result in results]
+        if any(value is not None for value in values):
+            rows.append((describe_metric(name)["title"], *(_score(name, value, n_eval) for value in values)))
+    models = [_cell(result.get("model")) for result in results]
+    header = [
+        "metric",
+        *(f"**{m}**" if r.get("model") == report.name else m for m, r in zip(models, results, strict=True)),
+    ]
+    interval = " In brackets: 95 % interval for the draw of the images." if n_eval else ""
+    return f"{title[:1].upper()}{title[1:]}.{interval}\n\n{_table(header, rows)}"
+
+
+def _score(name: str, value: float | None, n_eval: int | None) -> str:
+    if value is None:
+        return "\u2013"
+    if not name.endswith("accuracy"):
+        return f"{value:.4g}"
+    if not n_eval:
+        return f"{100 * value:.1f} %"
+    low, high = binomial_interval(value, n_eval)
+    return f"{100 * value:.1f} % ({100 * low:.1f}\u2013{100 * high:.1f})"
+
+
+def _recipe(report: EncoderReport) -> str:
+    training, dataset, objective = report.training, report.dataset, report.objective
+    seconds = training.get("seconds")
+    hardware = ", ".join(f"{key} {value}" for key, value in report.hardware.items())
+    versions = ", ".join(f"{key} {value}" for key, value in report.versions.items())
+    model_args = ", ".join(f"{key}={value}" for key, value in report.model_args.items())
+    rows = [
+        ("objective", objective.get("name")),
+        *((f"objective: {key}", value) for key, value in (objective.get("parameters") or {}).items()),
+        ("base", objective.get("base")),
+        ("architecture", f"{report.architecture} ({model_args})" if model_args else report.architecture),
+        ("image size", report.image_size),
+        ("data set", dataset.get("name")),
+        ("split", dataset.get("split")),
+        ("images", dataset.get("n_images")),
+        *((key.replace("_", " "), value) for key, value in training.items() if key != "seconds"),
+        ("hours", None if seconds is None else f"{seconds / 3600:.2f}"),
+        ("hardware", hardware or None),
+        ("versions", versions or None),
+        ("hf_robust", report.library_version),
+        ("commit", report.commit),
+        ("date", report.date),
+    ]
+    text = "## Training recipe\n\n" + _table(("what", "value"), [(a, _cell(b)) for a, b in rows if b is not None])
+    return f"{text}\n\n{_fenced(report.command, 'bash')}" if report.command else text
+
+
+def _pictures(directory: Path) -> str:
+    parts = []
+    for name, caption in _PICTURES:
+        if not (directory / name).is_file() and (directory.parent / name).is_file():
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory.parent / name, directory / name)
+        if (directory / name).is_file():
+            parts.append(f"![{caption}]({name})")
+    return "\n\n".join(["## Pictures", *parts]) if parts else ""
+
+
+def _limits(report: EncoderReport) -> str:
+    lines = []
+    if report.threat_model:
+        norm, eps = _norm(report.threat_model.get("norm")), report.threat_model.get("eps")
+        budget = f"{norm} changes" + (f" up to {_budget(eps)}" if eps is not None else "")
+        lines.append(
+            f"- Robust only against what it was trained and tested for: {budget}. Larger budgets, other norms, "
+            "rotations, patches or corruptions are another matter."
+        )
+    else:
+        lines.append("- Not robust: do not use its features where somebody may change the input on purpose.")
+    if any("pgd" in name for result in report.results for name in result.get("metrics", {})):
+        lines.append(
+            "- Linear-probe accuracy under PGD is an upper bound of the robust accuracy and not comparable with "
+            "published AutoAttack numbers, which come from a stronger attack and another fine-tuning."
+        )
+    if report.results:
+        lines.append("- The numbers hold for the data and the protocol named above, and for this one run.")
+    lines.append("- The encoder inherits what its training images show and leave out.")
+    return "## Limits\n\n" + "\n".join(lines)
+
+
+def _citation(report: EncoderReport) -> str:
+    return f"## Citation\n\n{_fenced(report.citation.strip(), 'bibtex')}" if report.citation else ""
+
+
+def _own_results(report: EncoderReport) -> list[dict[str, Any]]:
+    return [result for result in report.results if result.get("model") == report.name]
+
+
+def _hub_id(dataset: Mapping[str, Any]) -> str | None:
+    hub_id = dataset.get("hub_id")
+    if hub_id is not None and not _HUB_ID.fullmatch(str(hub_id)):
+        raise ValueError(f"hub_id must be an id such as 'uoft-cs/cifar10', got {hub_id!r}: write None for local data")
+    return hub_id
+
+
+def _table(header: Any, rows: list[Any]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "\u2013"
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _norm(norm: Any) -> str:
+    return _NORMS.get(str(norm), _cell(norm))
+
+
+def _budget(value: Any) -> str:
+    return format_eps(value) if isinstance(value, float) else _cell(value)
+
+
+def _fenced(text: str, language: str) -> str:
+    # A fence longer than any run of backticks inside cannot be closed early.
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

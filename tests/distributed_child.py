@@ -1,0 +1,67 @@
+"""One gloo process of `tests/test_distributed.py`: one training step on its share of a fixed global batch.
+
+python tests/distributed_child.py RANK WORLD PORT CASE OUT
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+rank, world, port, case, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
+if world > 1:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+
+import torch  # noqa: E402
+from training import tiny_images, tiny_model, tiny_trainer  # noqa: E402
+
+from hf_robust.attacks import PGD  # noqa: E402
+from hf_robust.objectives.acl import ACL  # noqa: E402
+from hf_robust.objectives.air import AIR  # noqa: E402
+
+torch.set_num_threads(1)
+IMAGES = 8
+
+
+def fixed_views(images: torch.Tensor, names: Any, **_: Any) -> dict[str, torch.Tensor]:
+    """Views without randomness: the real ones are drawn per rank."""
+    x = images.float() / 255
+    return {"view_1": x.flip(-1), "view_2": x.roll(1, -2), "original": x}
+
+
+def main() -> None:
+    """Write loss, gradients and buffers of one step."""
+    name, _, mode = case.partition("-")
+    objective = {"acl": ACL, "air": AIR}[name]()
+    trainer = tiny_trainer(
+        out,
+        objective,
+        model=tiny_model(objective),
+        data=tiny_images(IMAGES),
+        per_device_train_batch_size=IMAGES // world,
+        max_steps=1,
+        warmup_epochs=0,
+        sync_norm=mode == "sync",
+    )
+    assert trainer.args.world_size == world
+    trainer.attack = PGD(steps=3, random_start=False)
+    trainer.views = fixed_views  # type: ignore[assignment]
+    if mode == "frozen":
+        trainer.model.eval()
+        trainer.model.train = lambda *_: trainer.model  # type: ignore[method-assign]
+    found: dict[str, Any] = {}
+
+    def keep_gradients() -> None:
+        found["gradients"] = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+
+    trainer.before_step = keep_gradients  # type: ignore[method-assign]
+    trainer.train()
+    found["loss"] = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    found["buffers"] = dict(trainer.model.named_buffers())
+    torch.save(found, f"{out}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

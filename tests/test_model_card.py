@@ -1,0 +1,195 @@
+"""The card: what it says comes from the report, what the report does not say is not in it."""
+
+from __future__ import annotations
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_robust.evaluation.report import EncoderReport
+from hf_robust.model_card import write_model_card
+
+CITATION = (
+    "@inproceedings{acl,\n  title = {Robust Pre-Training by Adversarial Contrastive Learning},\n  year = {2020}\n}"
+)
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    own = {"standard_accuracy": 0.9, "pgd20_linf_8_255_accuracy": 0.1 * 7}
+    shared = {"protocol": "linear probe", "n_train": 1437, "n_eval": 360, "seed": 0}
+    attack = {"norm": "linf", "eps": 8 / 255, "step_size": 2 / 255, "steps": 20}
+    values = {
+        "name": "acl-digits",
+        "library_version": "0.1.0",
+        "objective": {"name": "ACL", "parameters": {"temperature": 0.5, "mode": "ds"}},
+        "architecture": "resnet10_cifar",
+        "model_args": {"channels": [16, 32, 64, 128]},
+        "image_size": 32,
+        "norm_branch": "adv",
+        "exported_format": "hf_robust_timm",
+        "dataset": {"name": "digits", "split": "train", "n_images": 1437, "hub_id": None},
+        "threat_model": {"norm": "linf", "eps": 8 / 255, "step_size": 2 / 255, "steps": 5},
+        "training": {"epochs": 30, "batch_size": 128, "optimizer": "lars", "seed": 0, "seconds": 1800.0},
+        "results": [
+            {"model": "SimCLR", "metrics": {"standard_accuracy": 0.97, "pgd20_linf_8_255_accuracy": 0.0}, **shared},
+            {
+                "model": "acl-digits",
+                "metrics": own,
+                "attack": attack,
+                "dataset": {"name": "digits", "split": "test"},
+                **shared,
+            },
+        ],
+        "command": "hf-robust pretrain --objective acl",
+        "commit": "abc123-dirty",
+        "hardware": {"cpu": "Some CPU", "cores": 2},
+        "versions": {"torch": "2.15.0"},
+        "date": "2026-11-22",
+        "citation": CITATION,
+    }
+    return {**copy.deepcopy(values), **changes}
+
+
+def written(folder: Path, **changes: Any) -> str:
+    return write_model_card(report(**changes), folder).read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a card needs no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_the_metadata_reads_back(tmp_path: Path) -> None:
+    data = {"name": "CIFAR-10", "hub_id": "uoft-cs/cifar10"}
+    path = write_model_card(report(dataset=data, license="apache-2.0"), tmp_path)
+    card = ModelCard.load(path).data
+    assert path == tmp_path / "README.md"
+    assert (card.library_name, card.pipeline_tag, card.license) == (
+        "transformers",
+        "image-feature-extraction",
+        "apache-2.0",
+    )
+    assert {"adversarial-robustness", "contrastive-learning", "timm", "acl"} <= set(card.tags)
+    assert card.datasets == ["uoft-cs/cifar10"] and card.model_name == "acl-digits"
+    assert card.eval_results is not None
+    clean, attacked = card.eval_results
+    assert clean.metric_name == "Standard accuracy, linear probe" and clean.metric_value == 0.9
+    assert attacked.metric_name == "PGD-20 accuracy (L-inf, eps 8/255), linear probe"
+    assert attacked.metric_value == 0.1 * 7 and attacked.metric_type == "accuracy"
+    assert (attacked.dataset_name, attacked.dataset_split) == ("digits", "test")
+    expected = {"attack": "pgd20", "norm": "linf", "eps": "8/255", "step_size": 2 / 255, "steps": 20}
+    assert attacked.metric_args == {**expected, "n_train": 1437, "n_eval": 360, "seed": 0}
+
+
+def test_only_this_encoders_results_are_metadata_but_the_table_shows_the_contrast(tmp_path: Path) -> None:
+    text = written(tmp_path)
+    header = yaml.safe_load(text.split("---")[1])
+    assert len(header["model-index"]) == 1 and len(header["model-index"][0]["results"]) == 1
+    assert len(header["model-index"][0]["results"][0]["metrics"]) == 2
+    results = text.split("## Results")[1].split("## ")[0]
+    assert "SimCLR" in results and "**acl-digits**" in results and "97.0 %" in results
+
+
+def test_contrast_with_the_same_budget_stands_beside_and_another_budget_apart(tmp_path: Path) -> None:
+    values = report()
+    del values["results"][1]["dataset"]
+    values["results"].append({**values["results"][0], "model": "small", "n_train": 100})
+    text = write_model_card(values, tmp_path).read_text()
+    assert "| metric | **acl-digits** | SimCLR |" in text and "| metric | small |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| PGD-20 accuracy (L-inf, eps 8/255) | 70.0 %"))
+    assert row == "| PGD-20 accuracy (L-inf, eps 8/255) | 70.0 % (65.1\u201374.5) | 0.0 % (0.0\u20131.1) |"
+
+
+def test_a_missing_number_has_no_row(tmp_path: Path) -> None:
+    text = written(tmp_path / "full")
+    assert all(word in text for word in ("PGD-20 accuracy", "| batch size | 128 |", "| hours | 0.50 |", "| commit |"))
+    results = [{"model": "acl-digits", "metrics": {"standard_accuracy": 0.9, "pgd20_linf_8_255_accuracy": None}}]
+    text = written(
+        tmp_path / "less", results=results, training={}, commit=None, hardware={}, citation=None, command=None
+    )
+    for word in ("PGD-20 accuracy", "batch size", "hours", "commit", "hardware", "## Citation", "None", "fitted on"):
+        assert word not in text
+    assert "| Standard accuracy | 90.0 % |" in text
+
+
+def test_a_report_with_the_least_gives_a_card_without_results(tmp_path: Path) -> None:
+    least = {"name": "x", "architecture": "resnet18", "exported_format": "timm_wrapper"}
+    text = write_model_card(least, tmp_path).read_text()
+    assert "## Results" not in text and "None" not in text.replace("None: this encoder", "")
+    card = ModelCard(text).data
+    assert card.eval_results is None and card.datasets is None and "license" not in card.to_dict()
+
+
+def test_loading_a_native_encoder_needs_nothing_of_ours(tmp_path: Path) -> None:
+    use = written(tmp_path, exported_format="timm_wrapper", hub_id="ann/acl").split("## Use")[1].split("## ")[0]
+    assert 'AutoModel.from_pretrained("ann/acl")' in use
+    assert "trust_remote_code" not in use and "hf_robust" not in use and "native" not in use
+
+
+def test_loading_another_stem_names_all_doors_that_exist(tmp_path: Path) -> None:
+    use = written(tmp_path).split("## Use")[1].split("## ")[0]
+    assert "import hf_robust" in use and "trust_remote_code=True" in use and "native" not in use
+    assert "branch is `adv`" in use
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / "config.json").write_text("{}")
+    assert use != written(tmp_path).split("## Use")[1].split("## ")[0]
+    native = written(tmp_path / "other", native=True)
+    assert native.count('subfolder="native"') == 2 and 'subfolder="native"' not in written(tmp_path, native=False)
+
+
+def test_the_code_of_the_card_is_python(tmp_path: Path) -> None:
+    blocks = written(tmp_path, native=True).split("```python\n")[1:]
+    assert len(blocks) == 3
+    for block in blocks:
+        compile(block.split("```")[0], "card", "exec")
+
+
+def test_an_encoder_without_attack_says_that_it_is_not_robust(tmp_path: Path) -> None:
+    text = written(tmp_path, threat_model=None, objective={"name": "SimCLR"})
+    assert "is not robust" in text and "never saw an attacked image" in text and "Robust only against" not in text
+    assert "Robust only against what it was trained and tested for: L-inf changes up to 8/255" in written(tmp_path)
+    assert "AutoAttack" in text.split("## Limits")[1]
+
+
+def test_pictures_are_shown_when_they_exist_and_come_along_from_the_parent(tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    assert "## Pictures" not in written(encoder)
+    (tmp_path / "curves.png").write_bytes(b"parent")
+    (encoder / "examples.png").write_bytes(b"own")
+    text = written(encoder)
+    assert "](curves.png)" in text and "](examples.png)" in text
+    assert (encoder / "curves.png").read_bytes() == b"parent" and (encoder / "examples.png").read_bytes() == b"own"
+
+
+def test_tokens_never_appear(tmp_path: Path) -> None:
+    token = "hf_" + "aB3" * 11 + "Z"
+    text = written(tmp_path, command=f"train --hub_token {token}", training={"optimizer": token}, citation=token)
+    assert token not in text and "REDACTED" in text
+
+
+def test_odd_texts_do_not_break_the_card(tmp_path: Path) -> None:
+    text = written(
+        tmp_path, command="echo ```", training={"optimizer": "a|b\nc"}, objective={"name": "A: 'C' \u2013 L"}
+    )
+    assert "| optimizer | a\\|b c |" in text and "````bash\necho ```\n````" in text
+    assert ModelCard(text).data.tags[-1] == "a-c-l"
+
+
+def test_a_report_object_and_its_dict_give_the_same_card(tmp_path: Path) -> None:
+    first = write_model_card(report(), tmp_path / "a").read_text()
+    assert first == write_model_card(EncoderReport.from_dict(report()), tmp_path / "b").read_text()
+
+
+@pytest.mark.parametrize("hub_id", ["/data/my images", "./x", "a/b/c", ""])
+def test_a_data_set_that_is_no_hub_id_is_refused(tmp_path: Path, hub_id: str) -> None:
+    with pytest.raises(ValueError, match="hub_id must be an id such as.*write None"):
+        write_model_card(report(dataset={"name": "x", "hub_id": hub_id}), tmp_path)
+    assert not (tmp_path / "README.md").exists()
