@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from hf_robust import __version__
 from hf_robust.attacks import PGD, frozen
 from hf_robust.cli import PretrainRun, parse_pretrain
 from hf_robust.data import ImageDataset, load_image_dataset
@@ -30,10 +29,11 @@ from hf_robust.evaluation.environment import collect_environment, command_line
 from hf_robust.evaluation.pictures import plot_curves, plot_examples
 from hf_robust.evaluation.probe import ProbeResult
 from hf_robust.evaluation.report import EncoderReport
+from hf_robust.model_card import write_model_card
 from hf_robust.models.backbones import create_backbone
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
 from hf_robust.objectives import Objective, load_objective
-from hf_robust.trainer import RobustPretrainer
+from hf_robust.pretrainer import RobustPretrainer
 from hf_robust.views import Views
 
 DIGITS = Path(__file__).parent / "configs" / "digits_cpu.yaml"
@@ -151,27 +151,23 @@ def write_report(
             "learning_rate": args.learning_rate,
             "precision": trainer.accelerator.mixed_precision.replace("no", "fp32"),
             "seed": args.seed,
-            "seconds": sum(e.get("train_runtime", 0.0) for e in trainer.state.log_history),
+            "seconds": trainer.training_seconds,
             "processes": args.world_size,
         },
         results=rows,
         command=command_line(),
         date=date.today().isoformat(),
         citation=objective.citation + ("\n\n" + base.citation if base else ""),
-        library_version=__version__,
         **environment,
     )
     for target in (folder, folder / "encoder"):
         report.save(target)
-    from hf_robust.model_card import write_model_card
-
-    for target in (folder, folder / "encoder"):
         write_model_card(report.to_dict(), target)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train, measure, draw, export."""
-    run = parse_pretrain(default_config=DIGITS, description=__doc__)
+    run = parse_pretrain(argv, default_config=DIGITS, description=__doc__)
     environment = collect_environment()  # now: the source tree may have moved on when training ends
     folder = Path(run.training.output_dir)
     image_size = (
@@ -206,8 +202,13 @@ def main() -> None:
     print(f"Output folder: {folder}  (model card README.md, report.json, curves.png, examples.png, encoder/)")
 
 
-if __name__ == "__main__":
+def run_or_exit(argv: list[str] | None = None) -> None:
+    """Run `main`; an error of the user's making ends in one message and exit status 1, not in a traceback."""
     try:
-        main()
-    except (ValueError, FileNotFoundError, FloatingPointError, OSError) as error:
+        main(argv)
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run_or_exit()

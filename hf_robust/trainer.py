@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,19 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer import rotate_checkpoints
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, rotate_checkpoints
 
 from hf_robust import checkpoints
 from hf_robust.attacks import PGD, LossFn, frozen
 from hf_robust.callbacks import MethodCallback, average_buffers, update_ema
 from hf_robust.data import EpochSampler, ImageDataset, collate_images
-from hf_robust.evaluation.probe import ProbeResult, probe_encoder
-from hf_robust.hub import save_encoder
 from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
 from hf_robust.optim import LARS, warmup_cosine
 from hf_robust.training_args import RobustTrainingArguments
-from hf_robust.views import Views
 
-__all__ = ["RobustPretrainer", "RobustTrainer"]
+__all__ = ["RobustTrainer"]
 
 _TEACHER_FILE = "teacher.safetensors"
 
@@ -86,6 +83,7 @@ class RobustTrainer(Trainer):
         self.attack = attack if attack is not None else PGD()
         self.sampler: EpochSampler | None = None
         self.teacher = self._build_teacher()
+        self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._strength = 1.0
         self._terms: dict[str, Tensor] = {}
         self._recorded = 0
@@ -230,8 +228,14 @@ class RobustTrainer(Trainer):
         self._recorded += 1
         self._broken |= ~torch.isfinite(loss.detach())  # stays on the device; read when logs or checkpoints are due
 
+    @property
+    def training_seconds(self) -> float:
+        """Logged wall time of the training, earlier sessions of a resumed run included."""
+        return _logged_seconds(self.state)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every loss term since the last entry, over all processes, and stop on NaN."""
+        logs["seconds"] = self._earlier_seconds + time.monotonic() - self._started
         if "loss" in logs and self._recorded:
             terms = self._terms
             means = self.accelerator.reduce(torch.stack(list(terms.values())) / self._recorded, "mean").tolist()
@@ -264,6 +268,10 @@ class RobustTrainer(Trainer):
                 )
         elif resume_from_checkpoint:
             checkpoints.verify(resume_from_checkpoint)
+        self._started, self._earlier_seconds = time.monotonic(), 0.0
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(os.path.join(str(resume_from_checkpoint), TRAINER_STATE_NAME))
+            self._earlier_seconds = _logged_seconds(state)
         set_seed(self.args.seed, device_specific=True)  # one seed on all ranks would give all ranks the same dropout
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
@@ -297,86 +305,8 @@ class RobustTrainer(Trainer):
         """Do nothing: the card is written from a report, see `model_card.write_model_card`."""
 
 
-class RobustPretrainer(RobustTrainer):
-    """Self-supervised pre-training: random views from uint8 images, a linear probe now and then, encoder out.
-
-    Args:
-        model ([`RobustModelForPreTraining`]): backbone with norm branches and projector.
-        args ([`RobustTrainingArguments`]): training knobs.
-        objective ([`Objective`]): SimCLR, ACL, DynACL, AIR, ...
-        attack ([`PGD`], *optional*): the training attack.
-        train_dataset ([`ImageDataset`]): images; labels are not used for training.
-        eval_dataset ([`ImageDataset`], *optional*): labelled images that the probe is evaluated on.
-        views ([`Views`], *optional*): default: bicubic crops at the model's image size.
-    """
-
-    def __init__(self, *args: Any, views: Views | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.views = views if views is not None else Views(self.model.config.image_size)
-
-    def prepare_batch(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Draw the objective's views at the present augmentation strength."""
-        batch = self.views(inputs["image"], self.objective.views, strength=self._strength, generator=generator)
-        if self.args.channels_last:
-            batch = {name: x.contiguous(memory_format=torch.channels_last) for name, x in batch.items()}
-        return batch
-
-    @property
-    def encoder_model(self) -> Any:
-        """The network that leaves the house: the momentum encoder where the method has one, else the model."""
-        return self.teacher if self.objective.teacher_kind == "ema" else self.accelerator.unwrap_model(self.model)
-
-    @property
-    def encoder_branch(self) -> str:
-        """The norm branch that leaves the house: `"adv"` where the method has it."""
-        return self.encoder_model.default_branch
-
-    def probe(self, n_train: int | None = None, n_eval: int | None = None, **kwargs: Any) -> ProbeResult:
-        """Fit a linear probe on the encoder and measure standard and PGD-20 accuracy.
-
-        Args:
-            n_train, n_eval (`int`, *optional*): how many images to use; default: all.
-            kwargs: passed to `probe_encoder`.
-
-        Returns:
-            [`ProbeResult`]: the accuracies, with n.
-        """
-        network, branch = self.encoder_model, self.encoder_branch
-        if self.attack.norm == "linf":  # the probe's attack is L-inf: the training budget, or the published one
-            kwargs.setdefault("eps", self.attack.eps)
-        with frozen(network):
-            return probe_encoder(
-                lambda x: network.features(x, branch),
-                self.train_dataset,
-                self.eval_dataset,
-                size=network.config.image_size,
-                n_train=n_train,
-                n_eval=n_eval,
-                seed=self.args.seed,
-                **kwargs,
-            )
-
-    def end_epoch(self, epoch: int) -> None:
-        """Run the probe every `probe_every` epochs when labels exist."""
-        every = self.args.probe_every
-        labelled = self.eval_dataset is not None and self.train_dataset.labels is not None
-        if not every or not labelled or not self.is_world_process_zero():
-            return
-        if math.floor(epoch / every + 1e-9) == math.floor((epoch - 1) / every + 1e-9):
-            return
-        result = self.probe(self.args.probe_examples, self.args.probe_eval_examples, progress=False)
-        self.log({f"probe_{name}": value for name, value in result.to_dict().items()})
-
-    def save_encoder(self, directory: str | Path, **kwargs: Any) -> Path:
-        """Write the encoder as an ordinary transformers/timm model; see `hub.save_encoder`.
-
-        Args:
-            directory (`str` or `Path`): target folder.
-
-        Returns:
-            `Path`: the folder.
-        """
-        return save_encoder(self.encoder_model, directory, branch=self.encoder_branch, **kwargs)
+def _logged_seconds(state: TrainerState) -> float:
+    return max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
 
 
 def _check_branches(model: Any, objective: Objective) -> None:

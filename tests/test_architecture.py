@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("objectives", "evaluation", "training_args", "callbacks", "checkpoints", "model_card", "hub"),
     ("trainer",),
+    ("pretrainer",),
     ("cli",),
     ("",),
 )
@@ -183,8 +184,8 @@ def test_the_document_shows_the_same_floors():
         ("objectives/base.py", "from . import acl", r"objectives/base.py:\d+ .*hf_robust.objectives.acl"),
         ("models/backbones.py", "from . import modeling", r"models/backbones.py:\d+ .*models.modeling"),
         ("evaluation/__init__.py", "from ..trainer import RobustPretrainer", r"evaluation/__init__.py:\d+ .*trainer"),
-        ("attacks.py", "from hf_robust import PGD", r"attacks.py:\d+ .*hf_robust\. \(floor 7\)"),
-        ("attacks.py", "import hf_robust\ncard = hf_robust.save_encoder", r"attacks.py:\d+ .*hf_robust\. \(floor 7\)"),
+        ("attacks.py", "from hf_robust import PGD", r"attacks.py:\d+ .*hf_robust\. \(floor 8\)"),
+        ("attacks.py", "import hf_robust\ncard = hf_robust.save_encoder", r"attacks.py:\d+ .*hf_robust\. \(floor 8\)"),
         ("newcomer.py", "", "newcomer.py has no floor"),
     ],
 )

@@ -19,7 +19,7 @@ from hf_robust.data import ImageDataset
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
 from hf_robust.objectives import Objective
 from hf_robust.objectives.dynacl import DynACL
-from hf_robust.trainer import RobustPretrainer
+from hf_robust.pretrainer import RobustPretrainer
 from hf_robust.training_args import RobustTrainingArguments
 
 

@@ -117,6 +117,17 @@ def test_the_same_seed_gives_the_same_result_and_autocast_outside_changes_nothin
     assert first.to_dict() == second.to_dict()
 
 
+def test_the_random_start_depends_on_the_seed_only() -> None:
+    def attacked_images(seed: int, global_seed: int) -> Tensor:
+        torch.manual_seed(global_seed)
+        seen: list[Tensor] = []
+        probe_encoder(lambda x: (seen.append(x.detach()), brightness(x))[1], TRAIN, JUDGED, size=8, steps=1, seed=seed)
+        return seen[-1]
+
+    assert torch.equal(attacked_images(0, 0), attacked_images(0, 1))
+    assert not torch.equal(attacked_images(0, 0), attacked_images(1, 0))
+
+
 def test_the_device_is_that_of_the_module_the_callable_looks_through() -> None:
     from hf_robust.evaluation.probe import _device
 

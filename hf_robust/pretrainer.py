@@ -1,0 +1,101 @@
+"""The trainer of self-supervised pre-training: views in, a linear probe now and then, an encoder out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_robust.attacks import frozen
+from hf_robust.evaluation.probe import ProbeResult, probe_encoder
+from hf_robust.hub import save_encoder
+from hf_robust.trainer import RobustTrainer
+from hf_robust.views import Views
+
+__all__ = ["RobustPretrainer"]
+
+
+class RobustPretrainer(RobustTrainer):
+    """Self-supervised pre-training: random views from uint8 images, a linear probe now and then, encoder out.
+
+    Args:
+        model ([`RobustModelForPreTraining`]): backbone with norm branches and projector.
+        args ([`RobustTrainingArguments`]): training knobs.
+        objective ([`Objective`]): SimCLR, ACL, DynACL, AIR, ...
+        attack ([`PGD`], *optional*): the training attack.
+        train_dataset ([`ImageDataset`]): images; labels are not used for training.
+        eval_dataset ([`ImageDataset`], *optional*): labelled images that the probe is evaluated on.
+        views ([`Views`], *optional*): default: bicubic crops at the model's image size.
+    """
+
+    def __init__(self, *args: Any, views: Views | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.views = views if views is not None else Views(self.model.config.image_size)
+
+    def prepare_batch(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw the objective's views at the present augmentation strength."""
+        batch = self.views(inputs["image"], self.objective.views, strength=self._strength, generator=generator)
+        if self.args.channels_last:
+            batch = {name: x.contiguous(memory_format=torch.channels_last) for name, x in batch.items()}
+        return batch
+
+    @property
+    def encoder_model(self) -> Any:
+        """The network that leaves the house: the momentum encoder where the method has one, else the model."""
+        return self.teacher if self.objective.teacher_kind == "ema" else self.accelerator.unwrap_model(self.model)
+
+    @property
+    def encoder_branch(self) -> str:
+        """The norm branch that leaves the house: `"adv"` where the method has it."""
+        return self.encoder_model.default_branch
+
+    def probe(self, n_train: int | None = None, n_eval: int | None = None, **kwargs: Any) -> ProbeResult:
+        """Fit a linear probe on the encoder and measure standard and PGD-20 accuracy.
+
+        Args:
+            n_train, n_eval (`int`, *optional*): how many images to use; default: all.
+            kwargs: passed to `probe_encoder`.
+
+        Returns:
+            [`ProbeResult`]: the accuracies, with n.
+        """
+        network, branch = self.encoder_model, self.encoder_branch
+        if self.attack.norm == "linf":  # the probe's attack is L-inf: the training budget, or the published one
+            kwargs.setdefault("eps", self.attack.eps)
+        with frozen(network):
+            return probe_encoder(
+                lambda x: network.features(x, branch),
+                self.train_dataset,
+                self.eval_dataset,
+                size=network.config.image_size,
+                n_train=n_train,
+                n_eval=n_eval,
+                device=self.args.device,
+                seed=self.args.seed,
+                **kwargs,
+            )
+
+    def end_epoch(self, epoch: int) -> None:
+        """Run the probe every `probe_every` epochs when labels exist."""
+        every = self.args.probe_every
+        labelled = self.eval_dataset is not None and self.train_dataset.labels is not None
+        if not every or not labelled or not self.is_world_process_zero():
+            return
+        if math.floor(epoch / every + 1e-9) == math.floor((epoch - 1) / every + 1e-9):
+            return
+        result = self.probe(self.args.probe_examples, self.args.probe_eval_examples, progress=False)
+        self.log({f"probe_{name}": value for name, value in result.to_dict().items()})
+
+    def save_encoder(self, directory: str | Path, **kwargs: Any) -> Path:
+        """Write the encoder as an ordinary transformers/timm model; see `hub.save_encoder`.
+
+        Args:
+            directory (`str` or `Path`): target folder.
+
+        Returns:
+            `Path`: the folder.
+        """
+        return save_encoder(self.encoder_model, directory, branch=self.encoder_branch, **kwargs)
