@@ -130,7 +130,9 @@ def write_report(
     objective, args, config = trainer.objective, trainer.args, trainer.encoder_model.config
     base = getattr(objective, "base", None)
     parameters = {k: v for k, v in vars(objective).items() if k != "base"} | (vars(base) if base else {})
-    name = f"{objective.title} {config.architecture} {run.data.dataset_name.rstrip('/').split('/')[-1]}"
+    source = Path(run.data.dataset_name)
+    dataset = source.resolve().name if source.exists() else run.data.dataset_name
+    name = f"{objective.title} {config.architecture} {dataset.split('/')[-1]}"
     rows = [{**r.to_result(name if k == objective.title else k)} for k, r in results.items()]
     attack = run.attack if "adv" in objective.norm_branches else None
     report = EncoderReport(
@@ -141,7 +143,12 @@ def write_report(
         model_args=config.model_args,
         image_size=config.image_size,
         norm_branch=trainer.encoder_branch,
-        dataset={"name": run.data.dataset_name, "split": run.data.split, "n_images": len(trainer.train_dataset)},
+        dataset={
+            "name": dataset,
+            "split": run.data.split,
+            "n_images": len(trainer.train_dataset),
+            "hub_id": dataset if "/" in dataset else None,
+        },
         threat_model=vars(attack) if attack else None,
         training={
             "epochs": trainer.state.epoch,
@@ -192,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
         trainers[other.objective.title] = other
     if not trainer.is_world_process_zero():
         return
-    plot_curves({name: t.state.log_history for name, t in trainers.items()}, folder / "curves.png")
+    chance = 1 / evaluation.num_classes if evaluation is not None else None
+    plot_curves({name: t.state.log_history for name, t in trainers.items()}, folder / "curves.png", chance=chance)
     results = {name: t.probe() for name, t in trainers.items()} if evaluation is not None else {}
     if results:
         write_examples(trainers, results, evaluation, folder / "examples.png")

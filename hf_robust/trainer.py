@@ -73,6 +73,8 @@ class RobustTrainer(Trainer):
         if args.world_size > 1:
             # Otherwise the last batch repeats images on some rank: false negatives of a contrastive loss.
             args.dataloader_drop_last = True
+        if args.cpu_threads:
+            torch.set_num_threads(args.cpu_threads)
         if args.sync_norm:
             synchronize_norms(model)
         if train_dataset is not None:

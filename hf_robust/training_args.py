@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -51,6 +51,10 @@ class RobustTrainingArguments(TrainingArguments):
     channels_last: bool = field(
         default=False, metadata={"help": "Keep images and weights in channels-last memory order; same mathematics."}
     )
+    cpu_threads: None | int = field(
+        default=None,
+        metadata={"help": "Threads of a process on a CPU; unset: torch's choice, which is 1 under accelerate launch."},
+    )
     sync_norm: bool = field(
         default=False,
         metadata={"help": "Several processes: norm statistics of the whole batch, as one process would have them."},
@@ -87,6 +91,7 @@ class RobustTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise bf16 is refused on a machine that has only a CPU
             self.dataloader_pin_memory = False
+        self._refuse_what_has_no_effect()
         super().__post_init__()
         for name in ("learning_rate", "momentum", "warmup_epochs", "min_learning_rate", "probe_every", "weight_decay"):
             if not getattr(self, name) >= 0:
@@ -105,6 +110,23 @@ class RobustTrainingArguments(TrainingArguments):
                 "deepspeed and fsdp are not supported: the attack runs on the unsharded module; use plain "
                 "data-parallel training with `accelerate launch --multi_gpu`"
             )
+
+    def _refuse_what_has_no_effect(self) -> None:
+        """Stock settings that this trainer does not read, or that the attack would bypass: an error, not silence."""
+        instead = {
+            "optim": "choose with --optimizer (lars, sgd, adamw)",
+            "lr_scheduler_type": "the schedule is --warmup_epochs, --min_learning_rate and --lr_granularity",
+            "lr_scheduler_kwargs": "the schedule is --warmup_epochs, --min_learning_rate and --lr_granularity",
+            "warmup_steps": "write --warmup_epochs, which may be a fraction",
+            "eval_strategy": "accuracy during training is measured by --probe_every",
+            "load_best_model_at_end": "self-supervised runs have no best step; keep checkpoints with --save_total_limit",
+            "torch_compile": "the attack looks through the uncompiled module; leave it off",
+            "push_to_hub": "the stock push would upload the training model; upload the encoder folder instead",
+        }
+        stock = {f.name: f.default for f in fields(TrainingArguments)}
+        for name, advice in instead.items():
+            if getattr(self, name) != stock[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: {advice}")
 
     def steps_per_epoch(self, images: int) -> int:
         """Count the optimiser steps of one epoch.

@@ -1,0 +1,296 @@
+"""What every objective promises; a new file in `hf_robust/objectives/` is tested here by existing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import tiny_model
+
+from hf_robust.attacks import PGD, frozen
+from hf_robust.objectives import Objective, load_objective, objective_names
+from hf_robust.objectives.acl import ACL
+from hf_robust.objectives.air import AIR
+from hf_robust.objectives.base import StepContext
+from hf_robust.objectives.dynacl import DynACL
+
+ATTACK = PGD(eps=8 / 255, step_size=4 / 255, steps=2)
+PROGRESS = 0.6
+# Every method with its defaults, and the configurations that take another path through the code.
+CONFIGURATIONS = {
+    **{name: load_objective(name) for name in objective_names()},
+    "acl_a2a": lambda: ACL(mode="a2a"),
+    "acl_a2s": lambda: ACL(mode="a2s"),
+    "dynacl_momentum": lambda: DynACL(ema_decay=0.99),
+    "air_on_dynacl": lambda: AIR(base=DynACL()),
+    "air_paper": lambda: AIR(formulation="paper"),
+}
+# A bias in front of a train-mode norm layer: its gradient is zero up to rounding, whatever the objective.
+CANCELLED = {"projector.fc1.bias"}
+
+
+@pytest.fixture(params=CONFIGURATIONS)
+def objective(request) -> Objective:
+    return CONFIGURATIONS[request.param]()
+
+
+class Wrapped(nn.Module):
+    """Like a distributed wrapper: forwards only; `embed` lives one door further."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.calls: list[list[tuple[str, Tensor]]] = []
+
+    def forward(self, passes: list[tuple[str, Tensor]]) -> list[Tensor]:
+        self.calls.append(list(passes))
+        return self.module(passes)
+
+
+@dataclasses.dataclass
+class Step:
+    """One step of an objective, with everything that happened on the way."""
+
+    model: Any
+    teacher: Any
+    wrapped: Wrapped
+    batch: dict[str, Tensor]
+    terms: dict[str, Tensor]
+    attacked: list[tuple[Any, Tensor, Tensor]]  # loss function, images, adversarial images
+    teacher_passes: list[tuple[str, Tensor]]
+    disturbed: list[str]  # what the attack did not leave as it was
+
+
+def state(networks: nn.Module) -> dict[str, Any]:
+    """Values and flags that an attack must leave alone."""
+    tensors = {name: t.detach().clone() for name, t in networks.state_dict().items()}
+    flags = {f"{name} requires_grad": p.requires_grad for name, p in networks.named_parameters()}
+    grads = {f"{name} has a gradient": p.grad is not None for name, p in networks.named_parameters()}
+    modes = {f"{name} training": m.training for name, m in networks.named_modules()}
+    return {**tensors, **flags, **grads, **modes}
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    def same(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+    return [name for name in before if not same(before[name], after[name])]
+
+
+def take_step(objective: Objective, seed: int = 0, attack_seed: int = 0, **config: Any) -> Step:
+    """Call the objective once, as the trainer does."""
+    model = tiny_model(objective, **config).train()
+    teacher = copy.deepcopy(model).requires_grad_(False).train() if objective.teacher_kind else None
+    networks = nn.ModuleList([n for n in (model, teacher) if n is not None])
+    generator = torch.Generator().manual_seed(seed)
+    batch = {name: torch.rand(6, 3, 8, 8, generator=generator) for name in objective.views}
+    noise = torch.Generator().manual_seed(attack_seed)
+    step = Step(model, teacher, Wrapped(model), batch, {}, [], [], [])
+    if teacher is not None:
+        teacher.register_forward_pre_hook(lambda _, inputs: step.teacher_passes.extend(inputs[0]))
+
+    def attack(loss_fn: Any, x: Tensor) -> Tensor:
+        before = state(networks)
+        with frozen(networks, eval_mode=objective.attack_in_eval_mode):
+            x_adv = ATTACK(loss_fn, x, generator=noise)
+        step.attacked.append((loss_fn, x, x_adv))
+        step.disturbed += changes(before, state(networks))
+        return x_adv
+
+    step.terms = objective(step.wrapped, batch, StepContext(attack, PROGRESS, teacher))
+    return step
+
+
+def rows(images: list[Tensor]) -> set[bytes]:
+    return {row.detach().numpy().tobytes() for part in images for row in part}
+
+
+def is_adversarial(objective: Objective) -> bool:
+    return "adv" in objective.norm_branches
+
+
+# ---------------------------------------------------------------------- terms
+def test_terms_are_named_finite_scalars_that_carry_a_gradient(objective):
+    terms = take_step(objective).terms
+    assert terms and all(isinstance(name, str) and name.isidentifier() for name in terms)
+    assert "total" not in terms  # the trainer's own name
+    for name, value in terms.items():
+        assert value.shape == () and bool(torch.isfinite(value)) and value.requires_grad, name
+
+
+def test_same_seeds_give_the_same_terms(objective):
+    one, other, elsewhere = (take_step(objective, attack_seed=s).terms for s in (0, 0, 1))
+    assert {k: v.item() for k, v in one.items()} == {k: v.item() for k, v in other.items()}
+    assert (one["adversarial"].item() != elsewhere["adversarial"].item()) if is_adversarial(objective) else True
+
+
+def test_the_global_random_state_is_neither_read_nor_moved(objective):
+    before = torch.random.get_rng_state()
+    take_step(objective)  # tiny_model seeds the global state: take that into account
+    torch.manual_seed(0)
+    tiny_model(objective)
+    expected = torch.random.get_rng_state()
+    take_step(objective)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    torch.random.set_rng_state(before)
+
+
+# ---------------------------------------------------------------------- gradients, branches
+def test_every_parameter_gets_a_gradient_and_moves(objective):
+    if objective.trains != "all":
+        pytest.skip("trains a part of the network")
+    step = take_step(objective)
+    torch.stack(list(step.terms.values())).sum().backward()
+    parameters = dict(step.model.named_parameters())
+    assert [name for name, p in parameters.items() if p.grad is None] == []
+    assert [name for name, p in parameters.items() if not bool(torch.isfinite(p.grad).all())] == []
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    torch.optim.SGD(parameters.values(), lr=1.0).step()
+    assert {name for name, p in parameters.items() if torch.equal(p, start[name])} <= CANCELLED
+
+
+def test_declared_norm_branches_are_used_and_only_those(objective):
+    declared = objective.norm_branches
+    assert declared and len(set(declared)) == len(declared)
+    spare = tuple(b for b in ("clean", "adv", "spare") if b not in declared)
+    step = take_step(objective, norm_branches=(*declared, *spare))
+    fresh = tiny_model(objective, norm_branches=(*declared, *spare)).state_dict()
+    for network in filter(None, (step.model, step.teacher)):
+        state_dict = network.state_dict()
+        statistics = [name for name in state_dict if re.search(r"running_(mean|var)$", name)]
+        moved = {name for name in statistics if not torch.equal(state_dict[name], fresh[name])}
+        assert moved == {name for name in statistics if name.split(".")[-2] in declared}
+
+
+def test_running_statistics_move_once_per_pass_of_the_wrapped_model(objective):
+    """No train-mode forward hides in the attack or elsewhere."""
+    step = take_step(objective, norm_branches=("clean", "adv"))
+    for network, passes in ((step.model, step.wrapped.calls[0]), (step.teacher, step.teacher_passes)):
+        if network is None:
+            continue
+        expected = {b: sum(branch == b for branch, _ in passes) for b in ("clean", "adv")}
+        counts = {n: int(b) for n, b in network.named_buffers() if n.endswith("num_batches_tracked")}
+        assert counts == {name: expected[name.split(".")[-2]] for name in counts}
+
+
+def test_the_wrapped_model_is_called_exactly_once(objective):
+    inner = []
+    step = take_step(objective)
+    assert len(step.wrapped.calls) == 1
+    step.model.register_forward_hook(lambda *_: inner.append(1))
+    objective(step.wrapped, step.batch, StepContext(lambda _, x: x, PROGRESS, step.teacher))
+    assert len(inner) == 1  # not past the wrapper, either
+    assert [branch for branch, _ in step.wrapped.calls[0]] == [branch for branch, _ in step.wrapped.calls[1]]
+
+
+# ---------------------------------------------------------------------- attack
+def test_the_attack_is_called_once_and_raises_its_loss(objective):
+    step = take_step(objective)
+    assert len(step.attacked) == is_adversarial(objective)
+    for loss_fn, x, x_adv in step.attacked:
+        with frozen(step.model), torch.no_grad():
+            if step.teacher is not None:
+                step.teacher.eval()
+            noise = ATTACK.eps * (2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) - 1)
+            assert loss_fn(x_adv) > max(loss_fn(x), loss_fn((x + noise).clamp(0, 1)))
+
+
+def test_adversarial_images_are_inside_ball_and_box_and_reach_the_network(objective):
+    step = take_step(objective)
+    passes = [*step.wrapped.calls[0], *step.teacher_passes]
+    by_branch = {b: rows([images for branch, images in passes if branch == b]) for b in ("clean", "adv")}
+    assert by_branch["adv"] == rows([x_adv for _, _, x_adv in step.attacked])
+    assert by_branch["clean"] <= rows(list(step.batch.values()))
+    for _, x, x_adv in step.attacked:
+        assert rows([x]) <= rows(list(step.batch.values()))
+        assert bool(((x_adv - x).abs() <= ATTACK.eps + 1e-6).all()) and bool((x_adv != x).any())
+        assert x_adv.min() >= 0 and x_adv.max() <= 1 and not x_adv.requires_grad
+
+
+def test_modes_flags_and_buffers_survive_the_attack(objective):
+    step = take_step(objective)
+    assert step.disturbed == []
+    assert all(m.training for m in step.model.modules())
+    assert all(p.requires_grad and p.grad is None for p in step.model.parameters())
+
+
+def test_the_batch_is_left_alone(objective):
+    step = take_step(objective)
+    generator = torch.Generator().manual_seed(0)
+    assert list(step.batch) == list(objective.views)
+    for name in objective.views:
+        assert torch.equal(step.batch[name], torch.rand(6, 3, 8, 8, generator=generator))
+
+
+# ---------------------------------------------------------------------- the object itself
+def test_the_objective_keeps_nothing_of_a_step(objective):
+    fresh = copy.deepcopy(objective)
+    assert not isinstance(objective, nn.Module)
+    before = pickle.dumps(objective)
+    take_step(objective)
+    assert objective == fresh
+    assert vars(objective) == vars(fresh)  # no attribute beside the fields, either
+    assert pickle.dumps(objective) == before
+    assert pickle.loads(before) == fresh
+
+
+def rebuild(template: Objective, values: dict[str, Any]) -> Objective:
+    """The way back from `dataclasses.asdict`: a nested objective is a mapping there."""
+    nested = {
+        name: rebuild(getattr(template, name), value)
+        for name, value in values.items()
+        if isinstance(getattr(template, name), Objective)
+    }
+    return type(template)(**{**values, **nested})
+
+
+def test_fields_round_trip_and_explain_themselves(objective):
+    assert dataclasses.is_dataclass(objective)
+    assert rebuild(objective, dataclasses.asdict(objective)) == objective
+    assert dataclasses.replace(objective) == objective
+    for field in dataclasses.fields(objective):
+        assert len(field.metadata.get("help", "")) > 10, f"{field.name} needs a help text: it becomes a flag"
+
+
+def test_declarations(objective):
+    assert objective.views and set(objective.views) <= {"view_1", "view_2", "original", "label"}
+    assert objective.trains in ("all", "classifier")
+    assert objective.teacher_kind in (None, "frozen", "ema")
+    assert objective.title and objective.title == objective.title.strip()
+    for progress in (0.0, 0.3, 1.0):
+        assert 0 <= objective.strength(progress) <= 1
+    assert "Source:" in type(objective).__doc__
+
+
+def test_citation_is_one_bibtex_entry(objective):
+    entry = objective.citation
+    assert re.fullmatch(r"@\w+\{[\w:-]+,\n.*\n\}", entry, flags=re.DOTALL)
+    for key in ("title", "author", "year"):
+        assert re.search(rf"^\s*{key}\s*=\s*\{{.+\}},?$", entry, flags=re.MULTILINE), key
+    assert entry.count("{") == entry.count("}")
+
+
+# ---------------------------------------------------------------------- finding objectives
+def test_names_are_the_files_and_every_file_holds_one_objective():
+    assert objective_names() == sorted(objective_names())
+    assert {"simclr", "acl", "dynacl", "air"} <= set(objective_names())
+    assert "base" not in objective_names()
+    for name in objective_names():
+        found = load_objective(name)
+        assert issubclass(found, Objective) and found.__module__ == f"hf_robust.objectives.{name}"
+        assert found.__name__.lower() == name.replace("_", "")
+    assert load_objective("DynACL") is DynACL
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("dynalc", "did you mean 'dynacl'. "), ("base", ""), ("moco", ""), ("../acl", "did you.*")]
+)
+def test_unknown_names_list_the_known_ones(name, hint):
+    with pytest.raises(ValueError, match=rf"unknown objective '{name}': {hint}known objectives are acl, .*simclr"):
+        load_objective(name)
