@@ -141,7 +141,7 @@ def _usage(report: EncoderReport, directory: Path) -> str:
         text = f"Plain transformers, no remote code, nothing else to install:\n\n{plain}"
     else:
         text = (
-            "Stock timm cannot build this architecture, so import `hf_robust` first (`pip install hf_robust`):\n\n"
+            "Stock timm cannot build this architecture, so import `hf_robust` first:\n\n"
             f"{_loading_code(where, first='import hf_robust  # registers the architecture')}\n\n"
             "or let transformers run the code file of the repository:\n\n"
             f"{_loading_code(where, arguments=', trust_remote_code=True', processor='')}"

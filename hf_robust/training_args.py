@@ -119,7 +119,7 @@ class RobustTrainingArguments(TrainingArguments):
             "lr_scheduler_kwargs": "the schedule is --warmup_epochs, --min_learning_rate and --lr_granularity",
             "warmup_steps": "write --warmup_epochs, which may be a fraction",
             "eval_strategy": "accuracy during training is measured by --probe_every",
-            "load_best_model_at_end": "self-supervised runs have no best step; keep checkpoints with --save_total_limit",
+            "load_best_model_at_end": "there is no best step; keep checkpoints with --save_total_limit",
             "torch_compile": "the attack looks through the uncompiled module; leave it off",
             "push_to_hub": "the stock push would upload the training model; upload the encoder folder instead",
         }
