@@ -23,12 +23,14 @@ import torch
 from transformers import set_seed
 
 from hf_robust.attacks import PGD, frozen
+from hf_robust.checkpoints import latest_complete
 from hf_robust.cli import PretrainRun, parse_pretrain
 from hf_robust.data import ImageDataset, load_image_dataset
 from hf_robust.evaluation.environment import collect_environment, command_line
 from hf_robust.evaluation.pictures import plot_curves, plot_examples
 from hf_robust.evaluation.probe import ProbeResult
 from hf_robust.evaluation.report import EncoderReport
+from hf_robust.image_sources import MissingSplitError
 from hf_robust.model_card import write_model_card
 from hf_robust.models.backbones import create_backbone
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
@@ -40,6 +42,12 @@ DIGITS = Path(__file__).parent / "configs" / "digits_cpu.yaml"
 SHOWN = 5  # rows of examples.png
 
 
+def say(run: PretrainRun, text: str) -> None:
+    """Print on one process only."""
+    if run.training.process_index == 0:
+        print(text, flush=True)
+
+
 def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDataset | None]:
     """Decode the training images, and the labelled images of the probe where there are any."""
     data = run.data
@@ -48,13 +56,17 @@ def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDat
         data.dataset_name, data.split, **columns, on_error=data.on_error, max_examples=data.max_examples
     )
     if train.labels is None or train.num_classes == 1 or not data.eval_split:
-        print("No labels to probe with: the encoder is trained, but its accuracy is not measured.")
+        say(run, "No labels to probe with: the encoder is trained, but its accuracy is not measured.")
         return train, None
     try:
-        return train, load_image_dataset(data.dataset_name, data.eval_split, **columns, on_error=data.on_error)
-    except ValueError as error:
-        print(f"No probe: {error}")
+        evaluation = load_image_dataset(data.dataset_name, data.eval_split, **columns, on_error=data.on_error)
+    except MissingSplitError as error:
+        say(run, f"The accuracy of the encoder is not measured: {error}")
         return train, None
+    if evaluation.labels is None:
+        say(run, f"The split {data.eval_split!r} has no labels: the accuracy of the encoder is not measured.")
+        return train, None
+    return train, evaluation
 
 
 def build_trainer(
@@ -88,7 +100,8 @@ def train_contrast(
     folder = Path(run.training.output_dir, f"contrast_{run.model.contrast}")
     run.training.output_dir = str(folder)
     trainer = build_trainer(run, load_objective(run.model.contrast)(), image_size, train, evaluation)
-    trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint and any(folder.glob("checkpoint-*")))
+    going_on = run.training.resume_from_checkpoint and latest_complete(folder) is not None
+    trainer.train(resume_from_checkpoint=going_on)
     return trainer
 
 
@@ -184,17 +197,21 @@ def main(argv: list[str] | None = None) -> None:
     train, evaluation = load_data(run, image_size)
     trainer = build_trainer(run, run.objective, image_size, train, evaluation)
     title = run.objective.title
-    if trainer.is_world_process_zero():
-        print(
-            f"{title}: {run.model.backbone} {run.model_args or ''} on {len(train)} images of {run.data.dataset_name}, "
-            f"{image_size} x {image_size} pixels, {run.training.num_train_epochs:g} epochs, attack {run.attack}"
-        )
+    args, attack = run.training, run.attack
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    attacked = "adv" in run.objective.norm_branches
+    budget = f"PGD-{attack.steps}, {attack.norm} {attack.eps * 255:.3g}/255" if attacked else "no attack"
+    say(
+        run,
+        f"{title}: {run.model.backbone} {run.model_args or ''}, {len(train)} images of {run.data.dataset_name}, "
+        f"{image_size} x {image_size} pixels, {length}, {budget}",
+    )
     trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint)
     trainers = {title: trainer}
     if trainer.is_world_process_zero():
         trainer.save_encoder(folder / "encoder")
         print(f"The encoder is in {folder / 'encoder'}.")
-    if run.model.contrast != "none":
+    if run.model.contrast not in ("none", title.lower()):
         other = train_contrast(run, image_size, train, evaluation)
         trainers[other.objective.title] = other
     if not trainer.is_world_process_zero():

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["MethodCallback", "average_buffers", "update_ema"]
+__all__ = ["MethodCallback", "average_buffers", "share_from_first", "update_ema"]
 
 
 @torch.no_grad()
@@ -32,6 +32,18 @@ def average_buffers(module: nn.Module) -> None:
     flat /= dist.get_world_size()
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
+
+
+@torch.no_grad()
+def share_from_first(module: nn.Module) -> None:
+    """Give every process the weights and buffers of the first.
+
+    Args:
+        module (`nn.Module`): changed in place; nothing happens with one process.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, src=0)
 
 
 @torch.no_grad()
@@ -81,4 +93,4 @@ class MethodCallback(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close an epoch."""
-        self.trainer.end_epoch(int(round(state.epoch or 0)))
+        self.trainer.end_epoch(state.epoch or 0.0)

@@ -8,9 +8,19 @@ import re
 import shutil
 from pathlib import Path
 
-__all__ = ["discard", "is_write_error", "latest_complete", "verify", "write_manifest"]
+__all__ = [
+    "check_run",
+    "discard",
+    "is_write_error",
+    "latest_complete",
+    "open_for_writing",
+    "verify",
+    "write_manifest",
+    "write_run",
+]
 
 _MANIFEST = "manifest.json"
+_RUN = "run.json"
 
 
 def write_manifest(checkpoint: str | Path) -> None:
@@ -21,8 +31,9 @@ def write_manifest(checkpoint: str | Path) -> None:
     """
     folder = Path(checkpoint)
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    sizes.pop(_MANIFEST, None)
     temporary = folder / f"{_MANIFEST}.tmp"
+    for own in (_MANIFEST, temporary.name):  # left by an earlier attempt to write this checkpoint
+        sizes.pop(own, None)
     with open(temporary, "w") as file:
         json.dump(sizes, file, indent=1)
         file.flush()
@@ -65,6 +76,45 @@ def latest_complete(output_dir: str | Path) -> str | None:
     return None
 
 
+def open_for_writing(checkpoint: str | Path) -> None:
+    """Make a checkpoint folder count as incomplete until its new manifest is written.
+
+    Args:
+        checkpoint (`str` or `Path`): the folder; it need not exist.
+    """
+    (Path(checkpoint) / _MANIFEST).unlink(missing_ok=True)
+
+
+def write_run(checkpoint: str | Path, run: dict[str, str]) -> None:
+    """Store what a resumed run must agree with.
+
+    Args:
+        checkpoint (`str` or `Path`): the folder.
+        run (`dict[str, str]`): names to settings, as text.
+    """
+    (Path(checkpoint) / _RUN).write_text(json.dumps(run, indent=1))
+
+
+def check_run(checkpoint: str | Path, run: dict[str, str]) -> None:
+    """Refuse a checkpoint of another run.
+
+    Args:
+        checkpoint (`str` or `Path`): a complete checkpoint folder.
+        run (`dict[str, str]`): names to settings of the run that wants to resume.
+
+    Raises:
+        ValueError: listing every setting that differs, both values.
+    """
+    path = Path(checkpoint) / _RUN
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    differing = [f"{k}: {stored[k]} there, {run[k]} here" for k in run if k in stored and stored[k] != run[k]]
+    if differing:
+        raise ValueError(
+            f"{str(checkpoint)!r} belongs to another run ({'; '.join(differing)}): resume with the same settings, or "
+            "start anew in another --output_dir"
+        )
+
+
 def is_write_error(error: BaseException) -> bool:
     """Tell whether an exception of a save means that the disk did not take the bytes.
 
@@ -89,11 +139,10 @@ def discard(checkpoint: str | Path, error: BaseException) -> OSError:
     """
     folder = Path(checkpoint)
     shutil.rmtree(folder, ignore_errors=True)
-    last = latest_complete(folder.parent) or "(there was none)"
-    return OSError(
-        f"could not write {str(folder)!r} ({error}); the previous checkpoint {last} is intact: free disk space and "
-        "resume with --resume_from_checkpoint true"
-    )
+    last = latest_complete(folder.parent)
+    left = f"the previous checkpoint {last} is intact: free" if last else "there is no earlier checkpoint: free"
+    way_out = "resume with --resume_from_checkpoint true" if last else "start again"
+    return OSError(f"could not write {str(folder)!r} ({error}); {left} disk space and {way_out}")
 
 
 def _problem(folder: Path) -> str | None:
@@ -104,6 +153,8 @@ def _problem(folder: Path) -> str | None:
     except FileNotFoundError:
         return f"it has no {_MANIFEST}, so writing it was cut off (or it is no checkpoint of a training run)"
     except (json.JSONDecodeError, UnicodeDecodeError):
+        return f"its {_MANIFEST} is damaged"
+    if not isinstance(sizes, dict):
         return f"its {_MANIFEST} is damaged"
     for name, size in sizes.items():
         path = folder / name

@@ -17,7 +17,14 @@ from transformers import HfArgumentParser
 
 from hf_robust.attacks import PGD, parse_budget
 from hf_robust.objectives import Objective, load_objective, objective_names
-from hf_robust.training_args import RobustTrainingArguments
+from hf_robust.training_args import WITHOUT_EFFECT, RobustTrainingArguments
+
+_GROUPS = {
+    "DataArguments": "images",
+    "ModelArguments": "network",
+    "PGD": "attack during training",
+    "RobustTrainingArguments": "training",
+}
 
 __all__ = ["DataArguments", "ModelArguments", "PretrainRun", "parse_pretrain"]
 
@@ -95,6 +102,10 @@ class _ShortErrors(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog}: --help lists all flags\n")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, and the description as it was written."""
+
+
 class _Parser(_ShortErrors, HfArgumentParser):
     """Reads all flags."""
 
@@ -117,19 +128,20 @@ def parse_pretrain(
     first.add_argument("--config")
     first.add_argument("--objective")
     first.add_argument("--base")
-    first.add_argument("--dataset_name")
+    first.add_argument("--dataset_name", "--dataset-name")
     chosen, _ = first.parse_known_args(argv)
     config = chosen.config or (str(default_config) if default_config and not chosen.dataset_name else None)
     values = _read_yaml(first, config) if config else {}
-    name = chosen.objective or values.pop("objective", "acl")
-    base = chosen.base or values.pop("base", None)
-    values.pop("objective", None)
-    values.pop("base", None)
+    name = str(chosen.objective or values.get("objective") or "acl")
+    base = chosen.base or values.get("base")
+    values = {key: value for key, value in values.items() if key not in ("objective", "base")}
     try:
         objective_type = load_objective(name)
-        base_type = load_objective(base or "acl") if _has_base(objective_type) else None
+        base_type = load_objective(str(base or "acl")) if _has_base(objective_type) else None
         if base and base_type is None:
             raise ValueError(f"--base {base} has no meaning for {name}: only methods such as air stand on another")
+        if base_type is not None and _has_base(base_type):
+            raise ValueError(f"--base {base} stands on another method itself: give one that does not, such as acl")
     except ValueError as error:
         first.error(str(error))
     types = [t for t in (DataArguments, ModelArguments, objective_type, base_type, PGD, RobustTrainingArguments) if t]
@@ -172,21 +184,37 @@ def _has_base(kind: type[Objective]) -> bool:
 
 
 def _parser(types: Sequence[type[Any]], description: str | None) -> argparse.ArgumentParser:
+    views = [_without_base(t) for t in types]
+    for view in views:
+        view._argument_group_name = _GROUPS.get(view.__name__, f"method {view.__name__}")
     parser = _Parser(
-        [_without_base(t) for t in types],
+        views,
         description=description,
+        usage="%(prog)s [--config FILE.yaml] [--objective METHOD] [--dataset_name NAME] [--flag value ...]",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     known = ", ".join(objective_names())
     parser.add_argument("--config", help="YAML file whose keys are these flags; flags override it.")
     parser.add_argument("--objective", default="acl", help=f"Method: {known}.")
     parser.add_argument("--base", help="Method that air regularises: acl (default) or dynacl.")
+    _separate_inherited(parser)
     for action in parser._actions:
+        if action.dest in WITHOUT_EFFECT:
+            action.help = argparse.SUPPRESS
         if action.dest in ("eps", "step_size"):
-            action.type = parse_budget  # argparse's float would refuse 8/255
+            action.type = _budget  # argparse's float would refuse 8/255
             action.default = _fraction(action.default)
     return parser
+
+
+def _separate_inherited(parser: argparse.ArgumentParser) -> None:
+    """In `--help`, our own training flags first; the hundred of the stock trainer in a group at the end."""
+    own = RobustTrainingArguments.__annotations__
+    group = next(g for g in parser._action_groups if g.title == _GROUPS["RobustTrainingArguments"])
+    rest = parser.add_argument_group("training, inherited from transformers.TrainingArguments")
+    rest._group_actions.extend(a for a in group._group_actions if a.dest not in own)
+    group._group_actions[:] = [a for a in group._group_actions if a.dest in own]
 
 
 def _without_base(kind: type[Any]) -> Any:
@@ -199,6 +227,13 @@ def _without_base(kind: type[Any]) -> Any:
     view.__module__ = kind.__module__  # where the annotations are resolved
     view.__doc__ = kind.__doc__
     return view
+
+
+def _budget(text: str) -> float:
+    try:
+        return parse_budget(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None  # of a ValueError argparse drops the text
 
 
 def _fraction(budget: float) -> str:
@@ -215,21 +250,28 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
         parser.error(f"--config {path} is not valid YAML: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {path} must hold 'flag: value' lines, got {type(values).__name__}")
-    return dict(values)
+    return {str(key): value for key, value in values.items()}  # YAML reads the keys 1 and on as number and boolean
+
+
+def _hint(key: str, known: list[str]) -> str:
+    owners = [n for n in objective_names() if key in {f.name for f in dataclasses.fields(load_objective(n))}]
+    if owners:
+        return f" (belongs to --objective {' or '.join(owners)})"
+    close = difflib.get_close_matches(key, known, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _set_defaults(parser: argparse.ArgumentParser, values: dict[str, Any], path: str | None) -> None:
-    known = {action.dest: action for action in parser._actions}
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     unknown = sorted(set(values) - known.keys())
     if unknown:
-        close = [difflib.get_close_matches(key, known, 1) for key in unknown]
-        hints = [f"{k!r}" + (f" (did you mean {m[0]!r}?)" if m else "") for k, m in zip(unknown, close, strict=True)]
+        hints = [f"{key!r}{_hint(key, list(known))}" for key in unknown]
         parser.error(f"unknown key in {path}: {', '.join(hints)}; keys are the flags listed by --help")
     for key, value in values.items():
         action = known[key]
         if isinstance(value, dict):
             value = json.dumps(value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, (int, float)) and (not isinstance(value, bool) or action.type in (int, float, _budget)):
             value = str(value)  # argparse converts text with the flag's own type
         if action.choices is not None and value not in action.choices:
             parser.error(f"{key} in {path} must be one of {list(action.choices)}, got {value!r}")

@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 MOST_CLASSES = 100_000
 
 
+class MissingSplitError(ValueError):
+    """The data set is there, the split is not."""
+
+
 def open_split(name: Any, split: str) -> datasets.Dataset:
     """Return the table behind a name; every way to miss it is an error that says what there is."""
     import datasets
@@ -73,7 +77,7 @@ def _one_split(source: datasets.Dataset | datasets.DatasetDict, name: str, split
         return source[split]
     if split not in ("train", str(source.split)):
         # Handing out the only split for "test" would evaluate on training images without a word.
-        raise ValueError(
+        raise MissingSplitError(
             f"{name} is a single Dataset, which has no split {split!r}: leave split out to take it as it is, or use a "
             "DatasetDict with named splits"
         )
@@ -86,7 +90,7 @@ def unknown_split(name: str, split: str, available: Sequence[str], error: Except
         way_out = f"it has only one split, write split={available[0]!r}"
     else:
         way_out = f"available splits: {', '.join(available)}"
-    raise ValueError(f"{name!r} has no split {split!r}: {way_out}") from error
+    raise MissingSplitError(f"{name!r} has no split {split!r}: {way_out}") from error
 
 
 def _unknown_source(name: str, reason: str, error: Exception | None = None) -> NoReturn:

@@ -33,6 +33,7 @@ class RobustPretrainer(RobustTrainer):
 
     def __init__(self, *args: Any, views: Views | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._check_probe()
         self.views = views if views is not None else Views(self.model.config.image_size)
 
     def prepare_batch(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -78,15 +79,33 @@ class RobustPretrainer(RobustTrainer):
                 **kwargs,
             )
 
-    def end_epoch(self, epoch: int) -> None:
+    @property
+    def can_probe(self) -> bool:
+        """Whether there are labels to fit a probe on and to measure it with."""
+        sets = (self.train_dataset, self.eval_dataset)
+        return all(s is not None and s.labels is not None for s in sets) and self.train_dataset.num_classes > 1
+
+    def _check_probe(self) -> None:
+        """Find out now, not after hours, that the evaluation set does not fit the training set."""
+        if not self.can_probe:
+            return
+        unseen = set(self.eval_dataset.labels.tolist()) - set(self.train_dataset.labels.tolist())
+        if unseen:
+            raise ValueError(
+                f"the evaluation images have the classes {sorted(unseen)[:5]} that no training image has: a probe "
+                "cannot know them; use splits of one data set, or leave eval_dataset out"
+            )
+
+    def end_epoch(self, epoch: float) -> None:
         """Run the probe every `probe_every` epochs when labels exist."""
-        every = self.args.probe_every
-        labelled = self.eval_dataset is not None and self.train_dataset.labels is not None
-        if not every or not labelled or not self.is_world_process_zero():
+        every, whole = self.args.probe_every, math.floor(epoch + 1e-6)
+        if not every or not whole or not self.can_probe or not self.is_world_process_zero():
             return
-        if math.floor(epoch / every + 1e-9) == math.floor((epoch - 1) / every + 1e-9):
+        if math.floor(whole / every + 1e-9) == math.floor((whole - 1) / every + 1e-9):
             return
-        result = self.probe(self.args.probe_examples, self.args.probe_eval_examples, progress=False)
+        classes = len(self.train_dataset.labels.unique())  # a stratified subset holds each of them
+        n_train, n_eval = (max(n, classes) for n in (self.args.probe_examples, self.args.probe_eval_examples))
+        result = self.probe(n_train, n_eval, progress=False)
         self.log({f"probe_{name}": value for name, value in result.to_dict().items()})
 
     def save_encoder(self, directory: str | Path, **kwargs: Any) -> Path:
@@ -98,4 +117,5 @@ class RobustPretrainer(RobustTrainer):
         Returns:
             `Path`: the folder.
         """
+        self.stop_if_not_finite()
         return save_encoder(self.encoder_model, directory, branch=self.encoder_branch, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME, rotate_checkpoints
 
 from hf_robust import checkpoints
 from hf_robust.attacks import PGD, LossFn, frozen
-from hf_robust.callbacks import MethodCallback, average_buffers, update_ema
+from hf_robust.callbacks import MethodCallback, average_buffers, share_from_first, update_ema
 from hf_robust.data import EpochSampler, ImageDataset, collate_images
 from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
@@ -27,6 +28,8 @@ from hf_robust.optim import LARS, warmup_cosine
 from hf_robust.training_args import RobustTrainingArguments
 
 __all__ = ["RobustTrainer"]
+
+logger = logging.getLogger(__name__)
 
 _TEACHER_FILE = "teacher.safetensors"
 
@@ -77,8 +80,13 @@ class RobustTrainer(Trainer):
             torch.set_num_threads(args.cpu_threads)
         if args.sync_norm:
             synchronize_norms(model)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
         if train_dataset is not None:
             args.check_batch(len(train_dataset))
+            if len(train_dataset) % args.per_device_train_batch_size == 1:
+                # Norms cannot be computed on one image, and a contrastive loss has nothing to contrast it with.
+                args.dataloader_drop_last = True
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_images, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.objective = objective
@@ -91,8 +99,6 @@ class RobustTrainer(Trainer):
         self._recorded = 0
         self._broken = torch.zeros((), dtype=torch.bool, device=self.args.device)
         self._micro_step = (-1, 0)
-        if args.channels_last:
-            self.model.to(memory_format=torch.channels_last)
         self.add_callback(MethodCallback(self))
 
     # ------------------------------------------------------------------ one step
@@ -113,7 +119,7 @@ class RobustTrainer(Trainer):
         self._strength = self.objective.strength(self.progress)
         with torch.no_grad():
             batch = self.prepare_batch(inputs, generator)
-        context = StepContext(self._training_attack(generator), self.progress, self.teacher)
+        context = StepContext(self._training_attack(generator), self.progress, self.teacher, self.accelerator.autocast)
         terms = self.objective(model, batch, context)
         loss = torch.stack(list(terms.values())).sum()
         self._record(terms, loss)
@@ -177,6 +183,12 @@ class RobustTrainer(Trainer):
         if self.lr_scheduler is None:
             args = self.args
             per_epoch = args.steps_per_epoch(len(self.train_dataset))
+            if args.warmup_epochs >= num_training_steps / per_epoch:
+                logger.warning(
+                    "the run of %.3g epochs ends inside the warm-up of %g, below the learning rate asked for: "
+                    "lower --warmup_epochs",
+                    *(num_training_steps / per_epoch, args.warmup_epochs),
+                )
 
             def multiplier(step: int) -> float:
                 epoch = (step + 1) / per_epoch
@@ -213,7 +225,7 @@ class RobustTrainer(Trainer):
         if self.teacher is not None:
             average_buffers(self.teacher)
 
-    def end_epoch(self, epoch: int) -> None:
+    def end_epoch(self, epoch: float) -> None:
         """Nothing here; subclasses probe."""
 
     def _build_teacher(self) -> Any:
@@ -245,8 +257,13 @@ class RobustTrainer(Trainer):
             logs.update({f"loss_{name}": value for name, value in zip(terms, means, strict=True) if name != "total"})
             logs["strength"] = self._strength
             self._terms, self._recorded = {}, 0
+            self._share_broken()
         super().log(logs, start_time)
         self._stop_if_broken()
+
+    def _share_broken(self) -> None:
+        """Let every process know what one has seen, so that all of them stop or none; called by all processes."""
+        self._broken = self.accelerator.reduce(self._broken.float(), "sum") > 0
 
     def _stop_if_broken(self) -> None:
         if not bool(self._broken):
@@ -270,17 +287,50 @@ class RobustTrainer(Trainer):
                 )
         elif resume_from_checkpoint:
             checkpoints.verify(resume_from_checkpoint)
+        elif earlier := checkpoints.latest_complete(str(self.args.output_dir)):
+            raise ValueError(
+                f"{self.args.output_dir!r} holds {Path(earlier).name} of an earlier run, which this one would mix "
+                "with its own: go on with it by --resume_from_checkpoint true, or give another --output_dir"
+            )
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         if resume_from_checkpoint:
+            checkpoints.check_run(str(resume_from_checkpoint), self.describe_run())
             state = TrainerState.load_from_json(os.path.join(str(resume_from_checkpoint), TRAINER_STATE_NAME))
             self._earlier_seconds = _logged_seconds(state)
+        if self.teacher is not None:
+            share_from_first(self.teacher)  # the wrapper shares rank 0's weights of the model, but knows no teacher
         set_seed(self.args.seed, device_specific=True)  # one seed on all ranks would give all ranks the same dropout
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
+    def describe_run(self) -> dict[str, str]:
+        """Describe what a checkpoint must agree with to be resumed exactly."""
+        args, config = self.args, self.accelerator.unwrap_model(self.model).config
+        batch = (args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps)
+        return {
+            "objective": repr(self.objective),
+            "attack": repr(self.attack),
+            "network": f"{config.architecture} {config.model_args} {config.image_size} px",
+            "optimizer": args.optimizer,
+            "batch (images, processes, accumulation)": repr(batch),
+            "training images": str(len(self.train_dataset)),
+            "seed": str(args.seed),
+        }
+
+    def stop_if_not_finite(self) -> None:
+        """Raise `FloatingPointError` when a loss, a weight or a running statistic of this process is not finite."""
+        self._broken |= self._weights_broken()
+        self._stop_if_broken()
+
+    def _weights_broken(self) -> Tensor:
+        return ~_finite([n for n in (self.accelerator.unwrap_model(self.model), self.teacher) if n is not None])
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._broken |= ~_finite(self.accelerator.unwrap_model(self.model))
+        self._broken |= self._weights_broken()
+        self._share_broken()
         self._stop_if_broken()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            checkpoints.open_for_writing(folder)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go once this one is complete
         try:
             super()._save_checkpoint(model, trial)
@@ -288,6 +338,7 @@ class RobustTrainer(Trainer):
                 save_model(self.teacher, str(folder / _TEACHER_FILE))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                checkpoints.write_run(folder, self.describe_run())
                 checkpoints.write_manifest(folder)
         except Exception as error:
             if not checkpoints.is_write_error(error):
@@ -302,6 +353,16 @@ class RobustTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.teacher is not None:
             load_model(self.teacher, os.path.join(resume_from_checkpoint, _TEACHER_FILE))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a self-supervised loss on held-out images says nothing about robustness."""
+        raise NotImplementedError("there is no evaluation loss: measure accuracy with trainer.probe()")
+
+    predict = evaluate
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: the stock estimate counts tokens and would put an invented number into the log."""
+        return 0
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the card is written from a report, see `model_card.write_model_card`."""
@@ -321,6 +382,6 @@ def _check_branches(model: Any, objective: Objective) -> None:
 
 
 @torch.no_grad()
-def _finite(model: nn.Module) -> Tensor:
-    norms = torch._foreach_norm([p for p in model.parameters()])
-    return torch.isfinite(torch.stack(norms)).all()
+def _finite(networks: list[nn.Module]) -> Tensor:
+    tensors = [t for n in networks for t in (*n.parameters(), *n.buffers()) if t.is_floating_point()]
+    return torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -9,7 +10,29 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
-__all__ = ["RobustTrainingArguments"]
+__all__ = ["WITHOUT_EFFECT", "RobustTrainingArguments"]
+
+
+# Settings of the stock trainer that this one does not read, or that the attack would bypass, and what to do instead.
+WITHOUT_EFFECT = {
+    "optim": "choose with --optimizer (lars, sgd, adamw)",
+    "lr_scheduler_type": "the schedule is --warmup_epochs, --min_learning_rate and --lr_granularity",
+    "lr_scheduler_kwargs": "the schedule is --warmup_epochs, --min_learning_rate and --lr_granularity",
+    "warmup_steps": "write --warmup_epochs, which may be a fraction",
+    "eval_strategy": "accuracy during training is measured by --probe_every",
+    "load_best_model_at_end": "there is no best step; keep checkpoints with --save_total_limit",
+    "torch_compile": "the attack looks through the uncompiled module; leave it off",
+    "save_only_model": "a checkpoint without optimiser state cannot be resumed exactly",
+    "ignore_data_skip": "a resumed run would see other images than an uninterrupted one",
+    "auto_find_batch_size": "the batch decides the negatives and the schedule; set it yourself",
+    "label_smoothing_factor": "no label enters the loss",
+    "neftune_noise_alpha": "it is for text embeddings",
+    "gradient_checkpointing": "the timm backbone would have to be told; lower the batch instead",
+    "optim_args": "choose with --optimizer (lars, sgd, adamw)",
+    "optim_target_modules": "every tensor is optimised",
+    "train_sampling_strategy": "images are shuffled by EpochSampler",
+    "push_to_hub": "the stock push would upload the training model; upload the encoder folder instead",
+}
 
 
 @dataclass
@@ -91,16 +114,22 @@ class RobustTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise bf16 is refused on a machine that has only a CPU
             self.dataloader_pin_memory = False
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the text of a flag, not a path
+            self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore
         self._refuse_what_has_no_effect()
         super().__post_init__()
         for name in ("learning_rate", "momentum", "warmup_epochs", "min_learning_rate", "probe_every", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value >= 0:
+                raise ValueError(f"{name} must be a number, 0 or more, got {value!r}")
         if self.optimizer not in ("lars", "sgd", "adamw"):
             raise ValueError(f"optimizer must be lars, sgd or adamw, got {self.optimizer!r}")
+        if "trackio" in (self.report_to or []) and importlib.util.find_spec("trackio") is None:
+            raise ValueError('report_to="trackio" needs the package trackio: pip install trackio')
         if self.lr_granularity not in ("step", "epoch"):
             raise ValueError(f"lr_granularity must be step or epoch, got {self.lr_granularity!r}")
-        if self.remove_unused_columns or self.ddp_find_unused_parameters or self.ddp_broadcast_buffers:
+        must_stay_false = (self.remove_unused_columns, self.ddp_find_unused_parameters, self.ddp_broadcast_buffers)
+        if any(value is not False for value in must_stay_false):  # None would let the stock trainer choose true
             raise ValueError(
                 "remove_unused_columns, ddp_find_unused_parameters, ddp_broadcast_buffers must stay false: with any "
                 "of them the training would fail or differ from the method; leave them unset"
@@ -113,19 +142,9 @@ class RobustTrainingArguments(TrainingArguments):
 
     def _refuse_what_has_no_effect(self) -> None:
         """Stock settings that this trainer does not read, or that the attack would bypass: an error, not silence."""
-        instead = {
-            "optim": "choose with --optimizer (lars, sgd, adamw)",
-            "lr_scheduler_type": "the schedule is --warmup_epochs, --min_learning_rate and --lr_granularity",
-            "lr_scheduler_kwargs": "the schedule is --warmup_epochs, --min_learning_rate and --lr_granularity",
-            "warmup_steps": "write --warmup_epochs, which may be a fraction",
-            "eval_strategy": "accuracy during training is measured by --probe_every",
-            "load_best_model_at_end": "there is no best step; keep checkpoints with --save_total_limit",
-            "torch_compile": "the attack looks through the uncompiled module; leave it off",
-            "push_to_hub": "the stock push would upload the training model; upload the encoder folder instead",
-        }
         stock = {f.name: f.default for f in fields(TrainingArguments)}
-        for name, advice in instead.items():
-            if getattr(self, name) != stock[name]:
+        for name, advice in WITHOUT_EFFECT.items():
+            if name in stock and getattr(self, name) not in (stock[name], None):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: {advice}")
 
     def steps_per_epoch(self, images: int) -> int:
@@ -150,6 +169,16 @@ class RobustTrainingArguments(TrainingArguments):
         Raises:
             ValueError: if the images of one step over all processes are more than `images`.
         """
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.n_gpu} GPUs, and its threads would share one norm branch switch: start with "
+                "`accelerate launch --multi_gpu`, or show it one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.per_device_train_batch_size < 2:
+            raise ValueError(
+                f"per_device_train_batch_size must be 2 or more, got {self.per_device_train_batch_size}: an image is "
+                "contrasted with the others of its batch"
+            )
         batch = self.per_device_train_batch_size * self.world_size
         if batch > images:
             raise ValueError(

@@ -20,6 +20,7 @@ from training import tiny_images, tiny_model, tiny_trainer  # noqa: E402
 from hf_robust.attacks import PGD  # noqa: E402
 from hf_robust.objectives.acl import ACL  # noqa: E402
 from hf_robust.objectives.air import AIR  # noqa: E402
+from hf_robust.objectives.dynacl import DynACL  # noqa: E402
 
 torch.set_num_threads(1)
 IMAGES = 8
@@ -34,11 +35,12 @@ def fixed_views(images: torch.Tensor, names: Any, **_: Any) -> dict[str, torch.T
 def main() -> None:
     """Write loss, gradients and buffers of one step."""
     name, _, mode = case.partition("-")
-    objective = {"acl": ACL, "air": AIR}[name]()
+    objective = {"acl": ACL(), "air": AIR(), "dynacl": DynACL(ema_decay=0.9)}[name]
     trainer = tiny_trainer(
         out,
         objective,
-        model=tiny_model(objective),
+        # with a teacher, every rank starts from weights of its own: the trainer must make them one
+        model=tiny_model(objective, seed=rank if name == "dynacl" else 0),
         data=tiny_images(IMAGES),
         per_device_train_batch_size=IMAGES // world,
         max_steps=1,
@@ -60,6 +62,7 @@ def main() -> None:
     trainer.train()
     found["loss"] = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     found["buffers"] = dict(trainer.model.named_buffers())
+    found["teacher"] = trainer.teacher.state_dict() if trainer.teacher is not None else {}
     torch.save(found, f"{out}-{rank}.pt")
 
 

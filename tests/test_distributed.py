@@ -43,8 +43,9 @@ def test_two_processes_equal_one(tmp_path, case):
         torch.testing.assert_close(first["buffers"][name], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_unsynchronised_statistics_are_averaged_so_that_all_processes_attack_one_network(tmp_path):
-    first, second = run(2, "acl-plain", tmp_path / "two")
-    assert first["buffers"].keys() == second["buffers"].keys()
-    for name, value in first["buffers"].items():
-        assert torch.equal(value, second["buffers"][name]), name
+def test_all_processes_attack_one_network_and_one_teacher(tmp_path):
+    first, second = run(2, "dynacl-plain", tmp_path / "two")
+    for part in ("buffers", "teacher"):
+        assert first[part].keys() == second[part].keys() and first[part]
+        for name, value in first[part].items():
+            assert torch.equal(value, second[part][name]), name

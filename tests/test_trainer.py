@@ -83,6 +83,33 @@ def test_resume_refuses_a_truncated_checkpoint_and_an_empty_folder(tmp_path):
         tiny_trainer(tmp_path / "new", SimCLR()).train(resume_from_checkpoint=True)
 
 
+def test_checkpoints_of_another_run_are_not_mixed_in(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 6}
+    tiny_trainer(tmp_path, ACL(), **settings).train()
+    with pytest.raises(
+        ValueError, match="holds checkpoint-12 of an earlier run.*--resume_from_checkpoint true, or give"
+    ):
+        tiny_trainer(tmp_path, ACL(), **settings).train()
+    other = tiny_trainer(tmp_path, ACL(temperature=0.1), optimizer="sgd", **settings)
+    with pytest.raises(
+        ValueError, match=r"another run \(objective: ACL\(temperature=0.5.*optimizer: lars there, sgd here"
+    ):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_an_overwritten_checkpoint_does_not_count_until_it_is_whole(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, SimCLR(), save_strategy="steps", save_steps=4, max_steps=4)
+    trainer.train()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._save_checkpoint(trainer.model, None)
+    assert checkpoints.latest_complete(tmp_path) is None
+
+
 def test_a_run_depends_on_its_seed_and_on_nothing_around_it(tmp_path):
     ends = []
     for seed, noise in ((0, 0), (0, 1), (1, 0)):
@@ -255,6 +282,31 @@ def test_probe_runs_every_n_epochs_and_leaves_the_training_alone(tmp_path):
     entries = [e for e in probed.state.log_history if "probe_standard_accuracy" in e]
     assert [e["epoch"] for e in entries] == [2.0]
     assert 0 <= entries[0]["probe_pgd20_linf_8_255_accuracy"] <= entries[0]["probe_standard_accuracy"] <= 1
+
+
+def test_probe_subsets_hold_every_class_and_unfit_sets_are_refused_at_once(tmp_path):
+    trainer = tiny_trainer(tmp_path, ACL(), probe_every=1, probe_examples=1, probe_eval_examples=1, max_steps=6)
+    trainer.train()
+    assert any("probe_standard_accuracy" in e for e in trainer.state.log_history)
+    with pytest.raises(ValueError, match=r"evaluation images have the classes \[2\] that no training image has"):
+        tiny_trainer(tmp_path, ACL(), data=tiny_images(classes=2))
+
+
+def test_a_single_left_over_image_is_left_out(tmp_path):
+    trainer = tiny_trainer(tmp_path, AIR(), data=tiny_images(25), num_train_epochs=1)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert tiny_trainer(tmp_path, AIR(), data=tiny_images(26)).args.steps_per_epoch(26) == 7
+
+
+def test_warm_up_longer_than_the_run_is_said(tmp_path, caplog):
+    tiny_trainer(tmp_path, SimCLR(), warmup_epochs=10, max_steps=1).train()
+    assert "ends inside the warm-up of 10" in caplog.text
+
+
+def test_evaluate_points_to_the_probe(tmp_path):
+    with pytest.raises(NotImplementedError, match=r"trainer.probe\(\)"):
+        tiny_trainer(tmp_path, SimCLR()).evaluate()
 
 
 def test_unlabelled_images_train_without_a_probe(tmp_path):

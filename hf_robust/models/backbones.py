@@ -355,7 +355,8 @@ def create_backbone(
         `nn.Module`: Maps images `(N, 3, H, W)` to features `(N, num_features)`.
 
     Raises:
-        ValueError: For an unknown architecture, with close matches, or an argument that this function sets itself.
+        ValueError: For an unknown architecture, with close matches, or an argument that this function sets itself
+            or the architecture does not know.
     """
     _check_known(architecture)
     args = dict(model_args or {})
@@ -368,7 +369,10 @@ def create_backbone(
     cfg = timm.get_pretrained_cfg(architecture)
     if image_size is not None and cfg is not None and cfg.fixed_input_size:
         args.setdefault("img_size", image_size)
-    return timm.create_model(architecture, pretrained=False, num_classes=0, **args)
+    try:
+        return timm.create_model(architecture, pretrained=False, num_classes=0, **args)
+    except TypeError as error:  # timm hands every argument on to the network
+        raise ValueError(f"{architecture} does not take model_args={args}: {error}") from error
 
 
 def _check_known(architecture: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,11 +23,14 @@ class StepContext:
             it, autocast and the step's own random generator are set.
         progress (`float`): training progress in [0, 1], the only clock; weights and strength are functions of it.
         teacher (`nn.Module`, *optional*): the second network of methods that declare `teacher_kind`.
+        autocast (`Callable[[], AbstractContextManager]`): the precision of the training, for passes of the teacher
+            (the model and the attack are in it already).
     """
 
     attack: Callable[[LossFn, Tensor], Tensor]
     progress: float = 0.0
     teacher: Any = None
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass

@@ -90,6 +90,6 @@ class DynACL(ACL):
             return super().passes(model, passes, context)
         halves = [(branch, *images.chunk(2)) for branch, images in passes]
         z_first = model([(branch, first) for branch, first, _ in halves])
-        with torch.no_grad():
+        with torch.no_grad(), context.autocast():
             z_second = context.teacher([(branch, second) for branch, _, second in halves])
-        return [torch.cat(pair) for pair in zip(z_first, z_second, strict=True)]
+        return [torch.cat([first, second.to(first)]) for first, second in zip(z_first, z_second, strict=True)]

@@ -1,0 +1,174 @@
+"""Training arguments: every changed default, every refusal, and the arithmetic of batches."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from transformers import TrainingArguments
+
+from hf_robust.training_args import RobustTrainingArguments
+
+CHANGED = {
+    "output_dir": "outputs/pretrain",
+    "num_train_epochs": 1000.0,
+    "per_device_train_batch_size": 512,
+    "learning_rate": 5.0,
+    "weight_decay": 1e-6,
+    "max_grad_norm": 0.0,
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "ddp_find_unused_parameters": False,
+    "ddp_broadcast_buffers": False,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": ["tensorboard"],
+}
+ADDED = {
+    "optimizer": "lars",
+    "momentum": 0.9,
+    "warmup_epochs": 10.0,
+    "min_learning_rate": 1e-6,
+    "lr_granularity": "step",
+    "channels_last": False,
+    "probe_every": 0.0,
+}
+
+
+def arguments(**values):
+    return RobustTrainingArguments(**{"report_to": "none", **values})
+
+
+@pytest.fixture
+def four_processes(monkeypatch):
+    monkeypatch.setattr(RobustTrainingArguments, "world_size", property(lambda self: 4))
+
+
+# ---------------------------------------------------------------------- defaults
+def test_defaults_are_the_published_recipe():
+    args = RobustTrainingArguments()
+    expected = {**CHANGED, **ADDED}
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_every_changed_or_added_field_says_why():
+    for field in dataclasses.fields(RobustTrainingArguments):
+        if field.name in RobustTrainingArguments.__annotations__:
+            assert len(field.metadata.get("help", "")) > 10, field.name
+
+
+def test_the_stock_defaults_would_still_be_other_ones():
+    """When transformers takes over one of our defaults, the override can go."""
+    stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    same = {name for name, value in CHANGED.items() if stock[name] == value}
+    assert same <= {"logging_first_step"}
+
+
+def test_a_machine_without_accelerator_takes_bf16_and_pins_nothing(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    args = arguments(bf16=True)
+    assert args.use_cpu and args.bf16 and not args.dataloader_pin_memory
+
+
+def test_arguments_survive_a_copy():
+    args = arguments(learning_rate=0.3, save_strategy="steps", output_dir="x")
+    copied = dataclasses.replace(args)
+    assert copied.to_dict() == args.to_dict()
+
+
+# ---------------------------------------------------------------------- resume
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("true", True), ("True", True), (True, True), ("false", None), (False, None), (None, None), ("a/b-1", "a/b-1")],
+)
+def test_resume_reads_true_as_the_newest_checkpoint_and_anything_else_as_a_path(given, expected):
+    assert arguments(resume_from_checkpoint=given).resume_from_checkpoint is expected or expected == given
+
+
+# ---------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": -1.0}, r"learning_rate must be .*0 or more, got -1\.0"),
+        ({"learning_rate": float("nan")}, r"learning_rate must be .*0 or more, got nan"),
+        ({"learning_rate": None}, r"learning_rate must be a number, 0 or more, got None"),
+        ({"momentum": -0.1}, r"momentum must be .*0 or more, got -0\.1"),
+        ({"warmup_epochs": -1}, r"warmup_epochs must be .*0 or more, got -1"),
+        ({"warmup_epochs": [1]}, r"warmup_epochs must be a number, 0 or more, got \[1\]"),
+        ({"min_learning_rate": -1e-6}, r"min_learning_rate must be .*0 or more, got -1e-06"),
+        ({"probe_every": -2}, r"probe_every must be .*0 or more, got -2"),
+        ({"weight_decay": -1e-6}, r"weight_decay must be .*0 or more, got -1e-06"),
+        ({"optimizer": "adam"}, r"optimizer must be lars, sgd or adamw, got 'adam'"),
+        ({"lr_granularity": "batch"}, r"lr_granularity must be step or epoch, got 'batch'"),
+        ({"remove_unused_columns": True}, r"remove_unused_columns, .* must stay false: .*; leave them unset"),
+        ({"ddp_find_unused_parameters": True}, r"ddp_find_unused_parameters, .* must stay false"),
+        ({"ddp_broadcast_buffers": True}, r"ddp_broadcast_buffers must stay false"),
+        # None is not false: the stock trainer then searches unused parameters and broadcasts buffers
+        ({"ddp_find_unused_parameters": None}, r"ddp_find_unused_parameters, .* must stay false"),
+        ({"ddp_broadcast_buffers": None}, r"ddp_broadcast_buffers must stay false"),
+    ],
+)
+def test_values_that_would_train_something_else_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        ({"optim": "sgd"}, "choose with --optimizer"),
+        ({"lr_scheduler_type": "cosine"}, "the schedule is --warmup_epochs"),
+        ({"warmup_steps": 100}, "write --warmup_epochs"),
+        ({"eval_strategy": "epoch"}, "measured by --probe_every"),
+        ({"torch_compile": True}, "leave it off"),
+        ({"push_to_hub": True}, "upload the encoder folder"),
+    ],
+)
+def test_stock_settings_without_effect_are_refused(values, advice):
+    (name,) = values
+    with pytest.raises(ValueError, match=f"^{name}=.* has no effect here: .*{advice}"):
+        arguments(**values)
+
+
+# ---------------------------------------------------------------------- batches
+@pytest.mark.parametrize(
+    ("images", "values", "expected"),
+    [
+        (50_000, {}, 98),  # CIFAR-10 at 512, short last batch kept
+        (49_500, {}, 97),
+        (50_000, {"dataloader_drop_last": True}, 97),
+        (50_000, {"gradient_accumulation_steps": 4}, 25),
+        (512, {}, 1),
+        (100, {"dataloader_drop_last": True}, 1),  # never 0: the schedule divides by it
+        (24, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 3),
+    ],
+)
+def test_steps_per_epoch(images, values, expected):
+    assert arguments(**values).steps_per_epoch(images) == expected
+
+
+def test_steps_per_epoch_share_the_images_between_processes(four_processes):
+    assert arguments(per_device_train_batch_size=128).steps_per_epoch(50_000) == 98
+    assert arguments(per_device_train_batch_size=128, dataloader_drop_last=True).steps_per_epoch(50_000) == 97
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_the_largest_possible_one():
+    args = arguments(per_device_train_batch_size=32)
+    args.check_batch(32)
+    with pytest.raises(ValueError) as error:
+        args.check_batch(31)
+    assert str(error.value) == (
+        "the batch of 32 images (32 on each of 1 processes) is larger than the data set, which has 31: "
+        "set --per_device_train_batch_size to at most 31"
+    )
+
+
+def test_the_batch_of_all_processes_counts(four_processes):
+    args = arguments(per_device_train_batch_size=8)
+    args.check_batch(32)
+    with pytest.raises(ValueError, match=r"batch of 32 images \(8 on each of 4 processes\) .* has 31: set .* most 7$"):
+        args.check_batch(31)
+    with pytest.raises(ValueError, match="at most 1$"):
+        args.check_batch(2)
