@@ -3,6 +3,21 @@
 Images are decoded once into memory when they fit, and at access when they do not; either way an item is a uint8 tensor
 (3, H, W) of one fixed size, and everything random about an image (crops, colours) happens later, in batches, in
 ``hf_robust.views``.
+
+Pixels: images are turned upright as their EXIF orientation says. Grey, palette, CMYK and 1-bit images are
+converted to RGB; transparency is composited over white; 16-bit grey is divided by 257 (float images: [0, 1] times
+255).
+
+Columns: the image column is the one of type `Image` (or `{"bytes", "path"}`, as other writers store it), the label
+column the one of type `ClassLabel`, else an integer or string column called `label` or `labels`. Among several,
+one called `image`, `img` or `images` (`label` or `labels`) is taken; otherwise the error lists the candidates.
+Integer labels are class numbers as they stand, strings are numbered in sorted order of the strings in this split.
+Labels that are all missing (null, -1 or empty) make an unlabelled set; labels that are partly missing are an
+error.
+
+Sizes: with `image_size=None` the native size if all images share one, else the median of the shorter sides, at
+most 256 pixels (logged). An image of another size is resized (bicubic) to that shorter side and cropped in the
+centre.
 """
 
 from __future__ import annotations
@@ -217,21 +232,7 @@ def load_image_dataset(
 ) -> ImageDataset:
     """Load images of any source, mode and size as uint8 RGB images of one size.
 
-    Pixels: images are turned upright as their EXIF orientation says. Grey, palette, CMYK and 1-bit images are
-    converted to RGB; transparency is composited over white; 16-bit grey is divided by 257 (float images: [0, 1] times
-    255).
-
-    Columns: the image column is the one of type `Image` (or `{"bytes", "path"}`, as other writers store it), the label
-    column the one of type `ClassLabel`, else an integer or string column called `label` or `labels`. Among several,
-    one called `image`, `img` or `images` (`label` or `labels`) is taken; otherwise the error lists the candidates.
-    Integer labels are class numbers as they stand, strings are numbered in sorted order of the strings in this split.
-    Labels that are all missing (null, -1 or empty) make an unlabelled set; labels that are partly missing are an
-    error.
-
-    Sizes: with `image_size=None` the native size if all images share one, else the median of the shorter sides, at
-    most 256 pixels (logged). An image of another size is resized (bicubic) to that shorter side and cropped in the
-    centre.
-
+    How pixels, columns and sizes are treated is said at the top of this module.
     Every image is decoded once at load, also when the set is too large for memory and will be decoded again at access:
     a broken file shows here and not hours into a run.
 

@@ -144,7 +144,7 @@ class RobustTrainingArguments(TrainingArguments):
         """Stock settings that this trainer does not read, or that the attack would bypass: an error, not silence."""
         stock = {f.name: f.default for f in fields(TrainingArguments)}
         for name, advice in WITHOUT_EFFECT.items():
-            if name in stock and getattr(self, name) not in (stock[name], None):
+            if name in stock and getattr(self, name) not in (stock[name], None, False):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: {advice}")
 
     def steps_per_epoch(self, images: int) -> int:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from hf_robust.callbacks import MethodCallback, average_buffers, update_ema
+from hf_robust.callbacks import MethodCallback, average_buffers, share_from_first, update_ema
 
 
 def network(value: float) -> nn.Sequential:
@@ -58,6 +58,7 @@ def other_process(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.mul_(2).add_(3))
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: tensor.fill_(7) if src == 0 else pytest.fail("rank"))
 
 
 def test_two_processes_get_the_mean_of_floating_point_buffers(other_process):
@@ -74,6 +75,17 @@ def test_two_processes_get_the_mean_of_floating_point_buffers(other_process):
 def test_a_network_without_statistics_needs_no_communication(other_process, monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda flat: pytest.fail("nothing to send"))
     average_buffers(nn.Linear(2, 2))
+
+
+def test_all_processes_start_from_the_first_ones_weights_and_buffers(other_process):
+    net = network(2.0)
+    share_from_first(net)
+    assert {float(t.detach().unique()) for t in (*net.parameters(), *net.buffers())} == {7.0}
+
+
+def test_one_process_keeps_its_weights(monkeypatch):
+    monkeypatch.setattr(dist, "broadcast", lambda *_, **__: pytest.fail("nobody listens"))
+    share_from_first(network(2.0))
 
 
 # ---------------------------------------------------------------------- moments
@@ -100,8 +112,9 @@ def test_an_epoch_that_is_resumed_in_the_middle_keeps_its_number(epoch, expected
     assert announce("on_epoch_begin", epoch) == [("start_epoch", expected)]
 
 
-@pytest.mark.parametrize(("epoch", "expected"), [(1.0, 1), (3 - 1e-9, 3), (3 + 1e-9, 3)])
-def test_the_end_of_an_epoch_counts_the_epochs_that_are_complete(epoch, expected):
+@pytest.mark.parametrize(("epoch", "expected"), [(None, 0.0), (1.0, 1.0), (1.5, 1.5)])
+def test_the_end_of_an_epoch_tells_how_far_the_training_is(epoch, expected):
+    """Not rounded: a run that stops in mid-epoch has not completed the epoch."""
     assert announce("on_epoch_end", epoch) == [("end_epoch", expected)]
 
 

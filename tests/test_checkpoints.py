@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from hf_robust.checkpoints import discard, is_write_error, latest_complete, verify, write_manifest
+from hf_robust.checkpoints import (
+    check_run,
+    discard,
+    is_write_error,
+    latest_complete,
+    open_for_writing,
+    verify,
+    write_manifest,
+    write_run,
+)
 
 
 def checkpoint(root: Path, step: int, complete: bool = True) -> Path:
@@ -120,7 +129,33 @@ def test_discard_removes_the_incomplete_one_and_names_the_one_before(tmp_path):
 
 def test_discard_without_a_previous_checkpoint_says_so(tmp_path):
     message = str(discard(tmp_path / "checkpoint-1", OSError("full")))
-    assert "(there was none)" in message and str(tmp_path / "checkpoint-1") in message
+    assert str(tmp_path / "checkpoint-1") in message
+    assert message.endswith("(full); there is no earlier checkpoint: free disk space and start again")
+
+
+def test_a_folder_that_is_written_again_is_incomplete_until_the_end(tmp_path):
+    """Otherwise a kill in between would leave old and new files under the old manifest."""
+    folder = checkpoint(tmp_path, 4)
+    open_for_writing(folder)
+    assert latest_complete(tmp_path) is None
+    write_manifest(folder)
+    verify(folder)
+    open_for_writing(tmp_path / "checkpoint-8")  # not there yet
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    folder = checkpoint(tmp_path, 4, complete=False)
+    check_run(folder, {"objective": "ACL()"})  # written before runs were recorded
+    write_run(folder, {"objective": "ACL()", "seed": "0", "images": "24"})
+    write_manifest(folder)
+    verify(folder)
+    check_run(folder, {"objective": "ACL()", "seed": "0", "new": "1"})
+    with pytest.raises(ValueError) as error:
+        check_run(folder, {"objective": "AIR()", "seed": "1", "images": "24"})
+    assert str(error.value) == (
+        f"{str(folder)!r} belongs to another run (objective: ACL() there, AIR() here; seed: 0 there, 1 here): resume "
+        "with the same settings, or start anew in another --output_dir"
+    )
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,8 @@ def lines_without_source(text: str) -> list[str]:
     return missing
 
 
-def test_one_file_per_published_run_and_the_small_one():
-    assert [path.stem for path in FILES] == sorted([*PUBLISHED, "cifar10_cpu"])
+def test_one_file_per_published_run_and_the_small_ones():
+    assert [path.stem for path in FILES] == sorted([*PUBLISHED, "cifar10_cpu", "digits_cpu"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -118,7 +118,7 @@ def test_published_runs_share_what_the_papers_share(name):
         "warmup_epochs": 10,
         "min_learning_rate": 1e-6,
         "projector_layers": 3,
-        "output_dir": f"runs/{name}",
+        "output_dir": f"outputs/{name}",
     }
     assert {key: values.get(key) for key in shared} == shared
     assert (values["image_size"], values["backbone"]) == (

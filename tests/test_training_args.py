@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from transformers import TrainingArguments
 
-from hf_robust.training_args import RobustTrainingArguments
+from hf_robust.training_args import WITHOUT_EFFECT, RobustTrainingArguments
 
 CHANGED = {
     "output_dir": "outputs/pretrain",
@@ -115,6 +115,13 @@ def test_values_that_would_train_something_else_are_refused(values, message):
         arguments(**values)
 
 
+def test_no_advice_for_settings_that_transformers_does_not_have():
+    """Every name is a stock field of some supported version, and all of today's are."""
+    stock = {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert set(WITHOUT_EFFECT) - stock <= {"optim_target_modules", "train_sampling_strategy", "auto_find_batch_size"}
+    assert not set(WITHOUT_EFFECT) & set(RobustTrainingArguments.__annotations__)
+
+
 @pytest.mark.parametrize(
     ("values", "advice"),
     [
@@ -122,6 +129,8 @@ def test_values_that_would_train_something_else_are_refused(values, message):
         ({"lr_scheduler_type": "cosine"}, "the schedule is --warmup_epochs"),
         ({"warmup_steps": 100}, "write --warmup_epochs"),
         ({"eval_strategy": "epoch"}, "measured by --probe_every"),
+        ({"save_only_model": True}, "cannot be resumed exactly"),
+        ({"gradient_checkpointing": True}, "lower the batch instead"),
         ({"torch_compile": True}, "leave it off"),
         ({"push_to_hub": True}, "upload the encoder folder"),
     ],
@@ -170,5 +179,25 @@ def test_the_batch_of_all_processes_counts(four_processes):
     args.check_batch(32)
     with pytest.raises(ValueError, match=r"batch of 32 images \(8 on each of 4 processes\) .* has 31: set .* most 7$"):
         args.check_batch(31)
-    with pytest.raises(ValueError, match="at most 1$"):
-        args.check_batch(2)
+    with pytest.raises(ValueError, match="at most 7$"):
+        args.check_batch(28)
+
+
+def test_an_image_needs_others_to_be_contrasted_with():
+    arguments(per_device_train_batch_size=2).check_batch(2)
+    with pytest.raises(
+        ValueError, match="per_device_train_batch_size must be 2 or more, got 1: an image is contrasted"
+    ):
+        arguments(per_device_train_batch_size=1).check_batch(100)
+
+
+def test_one_process_drives_one_gpu(monkeypatch):
+    monkeypatch.setattr(RobustTrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="one process sees 2 GPUs.*start with `accelerate launch --multi_gpu`"):
+        arguments().check_batch(1000)
+
+
+def test_a_missing_logger_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package trackio: pip install trackio"):
+        arguments(report_to="trackio")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust.losses import gather, nt_xent
-from hf_robust.objectives.base import Objective, StepContext, unwrapped
+from hf_robust.objectives.base import Objective, StepContext, check_temperature, unwrapped
 
 __all__ = ["ACL"]
 
@@ -45,7 +45,8 @@ class ACL(Objective):
 
     def __post_init__(self) -> None:
         if self.mode not in ("ds", "a2a", "a2s"):
-            raise ValueError(f"mode must be 'ds', 'a2a' or 'a2s', got {self.mode!r}")
+            raise ValueError(f"mode must be 'ds', 'a2a' or 'a2s', got {self.mode!r}: published runs use 'ds'")
+        check_temperature(self.temperature)
 
     @property
     def norm_branches(self) -> tuple[str, ...]:

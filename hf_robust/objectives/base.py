@@ -93,6 +93,19 @@ class Objective:
         raise NotImplementedError
 
 
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not positive.
+
+    Args:
+        temperature (`float`): of the contrastive loss.
+
+    Raises:
+        ValueError: with the published value.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}: the published value is 0.5")
+
+
 def unwrapped(model: Any) -> Any:
     """The module inside a distributed wrapper, where `embed` lives."""
     return getattr(model, "module", model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust.losses import gather, nt_xent
-from hf_robust.objectives.base import Objective, StepContext
+from hf_robust.objectives.base import Objective, StepContext, check_temperature
 
 __all__ = ["SimCLR"]
 
@@ -31,6 +31,9 @@ class SimCLR(Objective):
 }"""
 
     temperature: float = field(default=0.5, metadata={"help": "Temperature of the contrastive loss; published: 0.5."})
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
 
     @property
     def norm_branches(self) -> tuple[str, ...]:

@@ -104,6 +104,18 @@ def test_second_views_pass_the_teacher_in_loss_and_attack():
     assert model.embedded[-1] == teacher.embedded[-1] == ("adv", N)
 
 
+def test_the_teacher_runs_in_the_precision_of_the_training():
+    model, teacher, seen = LinearModel(0), LinearModel(1), []
+    teacher.register_forward_hook(lambda *call: seen.extend(z.dtype for z in call[2]))
+    terms = DynACL(ema_decay=0.99)(
+        model, random_views(), StepContext(Nudge(), 0.5, teacher, lambda: torch.autocast("cpu", torch.bfloat16))
+    )
+    assert seen == [torch.bfloat16] * 2
+    exact = DynACL(ema_decay=0.99)(LinearModel(0), random_views(), StepContext(Nudge(), 0.5, LinearModel(1)))
+    for name, term in terms.items():
+        assert term.dtype == torch.float32 and term.item() == pytest.approx(exact[name].item(), rel=0.02)
+
+
 def test_the_attack_moves_both_views():
     """The gradient with respect to second views runs through the teacher."""
     model, teacher, views, attack = LinearModel(0), LinearModel(1), random_views(), Nudge()
