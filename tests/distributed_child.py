@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-rank, world, port, case, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5]
+rank, world, port, out, cases = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:]
 if world > 1:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -32,8 +32,8 @@ def fixed_views(images: torch.Tensor, names: Any, **_: Any) -> dict[str, torch.T
     return {"view_1": x.flip(-1), "view_2": x.roll(1, -2), "original": x}
 
 
-def main() -> None:
-    """Write loss, gradients and buffers of one step."""
+def step(case: str) -> dict[str, Any]:
+    """Loss, gradients and buffers of one step."""
     name, _, mode = case.partition("-")
     objective = {"acl": ACL(), "air": AIR(), "dynacl": DynACL(ema_decay=0.9)}[name]
     trainer = tiny_trainer(
@@ -63,8 +63,8 @@ def main() -> None:
     found["loss"] = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     found["buffers"] = dict(trainer.model.named_buffers())
     found["teacher"] = trainer.teacher.state_dict() if trainer.teacher is not None else {}
-    torch.save(found, f"{out}-{rank}.pt")
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    torch.save({case: step(case) for case in cases}, f"{out}-{rank}.pt")

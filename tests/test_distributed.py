@@ -11,6 +11,8 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
+# objective - norm statistics: frozen, or of the whole batch in train mode
+EQUAL = ["acl-frozen", "air-frozen", "acl-sync", "air-sync"]
 
 
 def free_port() -> int:
@@ -19,32 +21,42 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run(world: int, case: str, out: Path) -> list[dict]:
+def run(world: int, cases: list[str], out: Path) -> list[dict]:
+    """Start the processes of one world; per rank, what each case found."""
     port = str(free_port())
     children = [
-        subprocess.Popen([sys.executable, TESTS / "distributed_child.py", str(r), str(world), port, case, str(out)])
+        subprocess.Popen([sys.executable, TESTS / "distributed_child.py", str(r), str(world), port, str(out), *cases])
         for r in range(world)
     ]
-    assert [child.wait(timeout=200) for child in children] == [0] * world
+    assert [child.wait(timeout=280) for child in children] == [0] * world
     return [torch.load(f"{out}-{r}.pt", weights_only=True) for r in range(world)]
 
 
-@pytest.mark.parametrize("case", ["acl-frozen", "air-frozen", "acl-sync", "air-sync"])
-def test_two_processes_equal_one(tmp_path, case):
-    (one,) = run(1, case, tmp_path / "one")
-    first, second = run(2, case, tmp_path / "two")
-    assert float(first["loss"]) == pytest.approx(float(one["loss"]), abs=1e-5)
-    assert float(second["loss"]) == pytest.approx(float(one["loss"]), abs=1e-5)
-    for name, expected in one["gradients"].items():
-        scale = max(1.0, float(expected.abs().max()))
-        for other in (first, second):
-            torch.testing.assert_close(other["gradients"][name], expected, atol=1e-5 * scale, rtol=0, msg=name)
-    for name, expected in one["buffers"].items():
-        torch.testing.assert_close(first["buffers"][name], expected, atol=1e-5, rtol=1e-5)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    (found,) = run(1, EQUAL, tmp_path_factory.mktemp("one") / "rank")
+    return found
 
 
-def test_all_processes_attack_one_network_and_one_teacher(tmp_path):
-    first, second = run(2, "dynacl-plain", tmp_path / "two")
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run(2, [*EQUAL, "dynacl-plain"], tmp_path_factory.mktemp("two") / "rank")
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_two_processes_equal_one(one, two, case):
+    expected = one[case]
+    for found in (rank[case] for rank in two):
+        assert float(found["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-5)
+        for name, gradient in expected["gradients"].items():
+            scale = max(1.0, float(gradient.abs().max()))
+            torch.testing.assert_close(found["gradients"][name], gradient, atol=1e-5 * scale, rtol=0, msg=name)
+        for name, buffer in expected["buffers"].items():
+            torch.testing.assert_close(found["buffers"][name], buffer, atol=1e-5, rtol=1e-5)
+
+
+def test_all_processes_attack_one_network_and_one_teacher(two):
+    first, second = (rank["dynacl-plain"] for rank in two)
     for part in ("buffers", "teacher"):
         assert first[part].keys() == second[part].keys() and first[part]
         for name, value in first[part].items():
