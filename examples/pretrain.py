@@ -13,6 +13,8 @@ curves.png, examples.png and checkpoints; --resume_from_checkpoint true goes on 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import sys
 from datetime import date
@@ -98,6 +100,7 @@ def train_contrast(
 ) -> RobustPretrainer:
     """Train the non-robust encoder with the same data, network and budget."""
     folder = Path(run.training.output_dir, f"contrast_{run.model.contrast}")
+    run = dataclasses.replace(run, training=copy.copy(run.training))  # the main run keeps its own folder
     run.training.output_dir = str(folder)
     trainer = build_trainer(run, load_objective(run.model.contrast)(), image_size, train, evaluation)
     going_on = run.training.resume_from_checkpoint and latest_complete(folder) is not None
@@ -222,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     if results:
         write_examples(trainers, results, evaluation, folder / "examples.png")
     write_report(run, trainer, results, folder, environment)
+    trainer.save_state()
     if results:
         print_table(results, evaluation.num_classes)
     print(f"Output folder: {folder}  (model card README.md, report.json, curves.png, examples.png, encoder/)")

@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread (tests run beside each other), a tiny network and tiny data."""
+"""What every test shares: no network, and one thread, because tests run beside each other."""
 
 from __future__ import annotations
 
@@ -6,4 +6,15 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Also after a test that asked for more (`--cpu_threads`)."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)

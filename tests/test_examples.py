@@ -53,6 +53,12 @@ def test_a_run_leaves_everything_it_promises(example, tmp_path, capsys):
     assert report["training"]["steps"] == 2 and report["norm_branch"] == "adv"
     card = (folder / "encoder" / "README.md").read_text()
     assert "PGD-20" in card and "adv" in card
+    compare = Path(EXAMPLE).with_name("compare.py")
+    done = subprocess.run(
+        [sys.executable, compare, folder, "--output", tmp_path / "compared.png"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| ACL | `pgd20_linf_8_255_accuracy` |" in done.stdout and (tmp_path / "compared.png").stat().st_size > 0
     encoder = load_encoder(folder / "encoder")
     with frozen(encoder):
         assert encoder_features(encoder)(torch.rand(2, 3, 32, 32)).shape == (2, 8)
