@@ -16,16 +16,15 @@ from hf_robust.evaluation.pictures import plot_curves
 from hf_robust.evaluation.report import EncoderReport, binomial_interval
 
 
-def rows(folder: Path) -> list[str]:
+def rows(label: str, report: EncoderReport) -> list[str]:
     """One Markdown row per metric of the encoder that the run trained."""
-    report = EncoderReport.load(folder)
     training = report.training
     lines = []
     for result in (r for r in report.results if r["model"] == report.name):
         for metric, value in result["metrics"].items():
             low, high = binomial_interval(value, result["n_eval"])
             lines.append(
-                f"| {report.objective['name']} | `{metric}` | {value:.1%} | {low:.1%} to {high:.1%} "
+                f"| {label} | `{metric}` | {value:.1%} | {low:.1%} to {high:.1%} "
                 f"| {result['n_eval']} | {training['seed']} | {training['seconds'] / 60:.0f} |"
             )
     return lines
@@ -38,17 +37,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("compared.png"), help="Picture to write.")
     options = parser.parse_args()
     try:
-        table = [line for folder in options.folders for line in rows(folder)]
-        histories = {
-            EncoderReport.load(folder).objective["name"]: json.loads((folder / "trainer_state.json").read_text())
-            for folder in options.folders
-        }
+        reports = [EncoderReport.load(folder) for folder in options.folders]
+        names = [report.objective["name"] for report in reports]
+        labels = [  # two runs of one method are told apart by their folders
+            name if names.count(name) == 1 else f"{name} ({folder.name})"
+            for name, folder in zip(names, options.folders, strict=True)
+        ]
+        table = [line for label, report in zip(labels, reports, strict=True) for line in rows(label, report)]
+        states = [json.loads((folder / "trainer_state.json").read_text()) for folder in options.folders]
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyError as error:
+        sys.exit(f"error: a report lacks {error}: compare output folders of examples/pretrain.py")
     print("| method | metric | accuracy | 95 % interval | n | seed | training minutes |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     print("\n".join(table))
-    plot_curves({name: state["log_history"] for name, state in histories.items()}, options.output)
+    histories = {label: state["log_history"] for label, state in zip(labels, states, strict=True)}
+    plot_curves(histories, options.output)
     print(f"\nCurves: {options.output}")
 
 

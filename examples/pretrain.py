@@ -8,7 +8,8 @@ same budget for contrast. With --dataset_name and --config: any image data set, 
     accelerate launch examples/pretrain.py --dataset_name path/to/images --backbone resnet50 --image_size 64
 
 The output folder receives encoder/ (load it with AutoModel.from_pretrained), README.md (model card), report.json,
-curves.png, examples.png and checkpoints; --resume_from_checkpoint true goes on after a kill.
+curves.png, examples.png, trainer_state.json, runs/ (TensorBoard) and checkpoints; --resume_from_checkpoint true goes
+on after a kill.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 import sys
 from datetime import date
 from pathlib import Path
@@ -149,7 +151,7 @@ def write_report(
     source = Path(run.data.dataset_name)
     dataset = source.resolve().name if source.exists() else run.data.dataset_name
     name = f"{objective.title} {config.architecture} {dataset.split('/')[-1]}"
-    rows = [{**r.to_result(name if k == objective.title else k)} for k, r in results.items()]
+    rows = [r.to_result(name if k == objective.title else k) for k, r in results.items()]
     attack = run.attack if "adv" in objective.norm_branches else None
     report = EncoderReport(
         name=name,
@@ -170,6 +172,7 @@ def write_report(
             "epochs": trainer.state.epoch,
             "steps": trainer.state.global_step,
             "batch_size": args.per_device_train_batch_size * args.world_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "optimizer": args.optimizer,
             "learning_rate": args.learning_rate,
             "precision": trainer.accelerator.mixed_precision.replace("no", "fp32"),
@@ -183,6 +186,10 @@ def write_report(
         citation=objective.citation + ("\n\n" + base.citation if base else ""),
         **environment,
     )
+    for picture in ("curves.png", "examples.png"):  # of this run, not of an earlier one in the same folder
+        (folder / "encoder" / picture).unlink(missing_ok=True)
+        if (folder / picture).is_file():
+            shutil.copy(folder / picture, folder / "encoder" / picture)
     for target in (folder, folder / "encoder"):
         report.save(target)
         write_model_card(report.to_dict(), target)
@@ -198,6 +205,12 @@ def main(argv: list[str] | None = None) -> None:
         or create_backbone(run.model.backbone, model_args=run.model_args).pretrained_cfg["input_size"][-1]
     )
     train, evaluation = load_data(run, image_size)
+    contrast = run.model.contrast not in ("none", run.objective.title.lower())
+    stale = latest_complete(folder / f"contrast_{run.model.contrast}") if contrast else None
+    if stale and not run.training.resume_from_checkpoint:  # found now, not after the main run
+        raise ValueError(
+            f"{stale} is of an earlier run: go on with --resume_from_checkpoint true, or give another --output_dir"
+        )
     trainer = build_trainer(run, run.objective, image_size, train, evaluation)
     title = run.objective.title
     args, attack = run.training, run.attack
@@ -214,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         trainer.save_encoder(folder / "encoder")
         print(f"The encoder is in {folder / 'encoder'}.")
-    if run.model.contrast not in ("none", title.lower()):
+    if contrast:
         other = train_contrast(run, image_size, train, evaluation)
         trainers[other.objective.title] = other
     if not trainer.is_world_process_zero():

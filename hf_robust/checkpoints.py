@@ -123,7 +123,8 @@ def is_write_error(error: BaseException) -> bool:
     """
     text = str(error).lower()
     return isinstance(error, OSError) or any(
-        t in text for t in ("no space left", "i/o error", "unexpected pos", "os error")
+        t in text
+        for t in ("no space left", "i/o error", "unexpected pos", "file write failed", "failed writing", "os error")
     )
 
 

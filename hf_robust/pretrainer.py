@@ -43,6 +43,10 @@ class RobustPretrainer(RobustTrainer):
             batch = {name: x.contiguous(memory_format=torch.channels_last) for name, x in batch.items()}
         return batch
 
+    def describe_run(self) -> dict[str, str]:
+        """Add the views to what a resumed run must agree with."""
+        return {**super().describe_run(), "views": repr(self.views)}
+
     @property
     def encoder_model(self) -> Any:
         """The network that leaves the house: the momentum encoder where the method has one, else the model."""

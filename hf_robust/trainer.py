@@ -17,6 +17,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from hf_robust import checkpoints
 from hf_robust.attacks import PGD, LossFn, frozen
@@ -215,7 +216,7 @@ class RobustTrainer(Trainer):
 
     def before_step(self) -> None:
         """Move the momentum encoder, before the optimiser step as released."""
-        if self.teacher is not None:
+        if self.objective.teacher_kind == "ema":
             student = self.accelerator.unwrap_model(self.model)
             update_ema(self.teacher, student, self.objective.ema_decay)  # type: ignore[attr-defined]
 
@@ -290,13 +291,21 @@ class RobustTrainer(Trainer):
         elif earlier := checkpoints.latest_complete(str(self.args.output_dir)):
             raise ValueError(
                 f"{self.args.output_dir!r} holds {Path(earlier).name} of an earlier run, which this one would mix "
-                "with its own: go on with it by --resume_from_checkpoint true, or give another --output_dir"
+                "with its own: go on with it by --resume_from_checkpoint true, in Python "
+                "trainer.train(resume_from_checkpoint=True), or give another --output_dir"
             )
         self._started, self._earlier_seconds = time.monotonic(), 0.0
+        self._terms, self._recorded, self._micro_step = {}, 0, (-1, 0)
+        self._broken = torch.zeros_like(self._broken)
         if resume_from_checkpoint:
             checkpoints.check_run(str(resume_from_checkpoint), self.describe_run())
             state = TrainerState.load_from_json(os.path.join(str(resume_from_checkpoint), TRAINER_STATE_NAME))
             self._earlier_seconds = _logged_seconds(state)
+            if 0 < self.args.max_steps <= state.global_step:
+                # The stock loop looks at max_steps after a step only: it would add one to a finished run.
+                self._load_from_checkpoint(str(resume_from_checkpoint))
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         if self.teacher is not None:
             share_from_first(self.teacher)  # the wrapper shares rank 0's weights of the model, but knows no teacher
         set_seed(self.args.seed, device_specific=True)  # one seed on all ranks would give all ranks the same dropout
@@ -306,11 +315,17 @@ class RobustTrainer(Trainer):
         """Describe what a checkpoint must agree with to be resumed exactly."""
         args, config = self.args, self.accelerator.unwrap_model(self.model).config
         batch = (args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps)
+        length = (args.num_train_epochs, args.max_steps)
+        schedule = (args.learning_rate, args.warmup_epochs, args.min_learning_rate, args.lr_granularity)
         return {
             "objective": repr(self.objective),
             "attack": repr(self.attack),
             "network": f"{config.architecture} {config.model_args} {config.image_size} px",
-            "optimizer": args.optimizer,
+            "optimizer, momentum, weight decay": repr((args.optimizer, args.momentum, args.weight_decay)),
+            "learning rate, warm-up, floor, granularity": repr(schedule),
+            "epochs, max_steps": repr(length),
+            "precision": self.accelerator.mixed_precision,
+            "norm statistics of the whole batch": str(args.sync_norm),
             "batch (images, processes, accumulation)": repr(batch),
             "training images": str(len(self.train_dataset)),
             "seed": str(args.seed),

@@ -21,6 +21,9 @@ WITHOUT_EFFECT = {
     "warmup_steps": "write --warmup_epochs, which may be a fraction",
     "eval_strategy": "accuracy during training is measured by --probe_every",
     "load_best_model_at_end": "there is no best step; keep checkpoints with --save_total_limit",
+    "torch_compile_backend": "the attack looks through the uncompiled module; leave it off",
+    "torch_compile_mode": "the attack looks through the uncompiled module; leave it off",
+    "eval_on_start": "accuracy during training is measured by --probe_every",
     "torch_compile": "the attack looks through the uncompiled module; leave it off",
     "save_only_model": "a checkpoint without optimiser state cannot be resumed exactly",
     "ignore_data_skip": "a resumed run would see other images than an uninterrupted one",
@@ -47,7 +50,7 @@ class RobustTrainingArguments(TrainingArguments):
     With gradient accumulation the mean of the micro-batch losses is optimised; negatives stay inside a micro-batch,
     so that accumulating is *not* the same as a larger contrastive batch.
 
-    Source: spec of the published runs: batch 512, LARS 5.0, momentum 0.9, weight decay 1e-6, warm-up 10 of 1000
+    Source: the published runs: batch 512, LARS 5.0, momentum 0.9, weight decay 1e-6, warm-up 10 of 1000
         epochs (released ACL, AIR, RCS and DynACL code).
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,9 @@ def example():
 
 def test_a_run_leaves_everything_it_promises(example, tmp_path, capsys):
     folder = tmp_path / "out"
-    example.main([*QUICK, "--config", str(example.DIGITS), "--output_dir", str(folder)])
+    command = [*QUICK, "--config", str(example.DIGITS), "--output_dir", str(folder)]
+    command += ["--save_strategy", "steps", "--save_steps", "1"]
+    example.main(command)
     text = capsys.readouterr().out
     assert "ACL: resnet10_cifar" in text and "PGD-20, L-inf 8/255" in text
     for name in ("README.md", "report.json", "curves.png", "examples.png", "encoder/model.safetensors"):
@@ -59,6 +62,13 @@ def test_a_run_leaves_everything_it_promises(example, tmp_path, capsys):
     )
     assert done.returncode == 0, done.stderr
     assert "| ACL | `pgd20_linf_8_255_accuracy` |" in done.stdout and (tmp_path / "compared.png").stat().st_size > 0
+    before = (folder / "encoder" / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="of an earlier run"):
+        example.run_or_exit(command)
+    shutil.rmtree(folder / "contrast_simclr")
+    example.main([*command, "--resume_from_checkpoint", "true"])  # nothing left to train but the contrast
+    assert (folder / "encoder" / "model.safetensors").read_bytes() == before
+    assert json.loads((folder / "report.json").read_text())["training"]["steps"] == 2
     encoder = load_encoder(folder / "encoder")
     with frozen(encoder):
         assert encoder_features(encoder)(torch.rand(2, 3, 32, 32)).shape == (2, 8)

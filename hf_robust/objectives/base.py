@@ -43,7 +43,7 @@ class Objective:
     - `norm_branches`: normalisation branches it runs images through; must equal the encoder's;
     - `trains`: `"all"` or `"classifier"`;
     - `attack_in_eval_mode`: whether the attack sees the network in evaluation mode;
-    - `teacher_kind`: `None`, `"frozen"` or `"ema"` (the trainer builds, updates, saves and exports it);
+    - `teacher_kind`: `None` or `"ema"` (the trainer builds, updates, saves and exports it);
     - `citation`: BibTeX of the method, for the model card.
     """
 
