@@ -52,6 +52,12 @@ def say(run: PretrainRun, text: str) -> None:
         print(text, flush=True)
 
 
+def dataset_title(run: PretrainRun) -> str:
+    """The data set as cards and tables call it: a Hub id, or the last part of a path."""
+    source = Path(run.data.dataset_name)
+    return source.resolve().name if source.exists() else run.data.dataset_name
+
+
 def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDataset | None]:
     """Decode the training images, and the labelled images of the probe where there are any."""
     data = run.data
@@ -59,6 +65,7 @@ def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDat
     train = load_image_dataset(
         data.dataset_name, data.split, **columns, on_error=data.on_error, max_examples=data.max_examples
     )
+    train.name = dataset_title(run)
     if train.labels is None or train.num_classes == 1 or not data.eval_split:
         say(run, "No labels to probe with: the encoder is trained, but its accuracy is not measured.")
         return train, None
@@ -70,6 +77,7 @@ def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDat
     if evaluation.labels is None:
         say(run, f"The split {data.eval_split!r} has no labels: the accuracy of the encoder is not measured.")
         return train, None
+    evaluation.name = dataset_title(run)
     return train, evaluation
 
 
@@ -148,8 +156,7 @@ def write_report(
     objective, args, config = trainer.objective, trainer.args, trainer.encoder_model.config
     base = getattr(objective, "base", None)
     parameters = {k: v for k, v in vars(objective).items() if k != "base"} | (vars(base) if base else {})
-    source = Path(run.data.dataset_name)
-    dataset = source.resolve().name if source.exists() else run.data.dataset_name
+    dataset = dataset_title(run)
     name = f"{objective.title} {config.architecture} {dataset.split('/')[-1]}"
     rows = [r.to_result(name if k == objective.title else k) for k, r in results.items()]
     attack = run.attack if "adv" in objective.norm_branches else None

@@ -123,7 +123,7 @@ def test_broken_images_and_sets_without_images_are_named(example, tmp_path, caps
         example.run_or_exit([*base, "--dataset_name", str(folder)])
     quick = ["--per_device_train_batch_size", "13", "--max_steps", "1"]
     example.run_or_exit([*base, *quick, "--dataset_name", str(folder), "--on_error", "skip"])
-    assert "on 39 images" in capsys.readouterr().out
+    assert "39 images of" in capsys.readouterr().out
     import datasets
 
     datasets.Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "words" / "train.parquet")
