@@ -102,7 +102,6 @@ class RobustTrainer(Trainer):
         self._micro_step = (-1, 0)
         self.add_callback(MethodCallback(self))
 
-    # ------------------------------------------------------------------ one step
     @property
     def progress(self) -> float:
         """Training progress in [0, 1], the only clock of objectives."""
@@ -151,7 +150,6 @@ class RobustTrainer(Trainer):
 
         return attack
 
-    # ------------------------------------------------------------------ sampler, optimiser, schedule
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
@@ -208,7 +206,6 @@ class RobustTrainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, multiplier)
         return self.lr_scheduler
 
-    # ------------------------------------------------------------------ hooks of MethodCallback
     def start_epoch(self, epoch: int) -> None:
         """Tell the sampler its epoch (Accelerate's own call gets lost after a resume with several processes)."""
         if self.sampler is not None:
@@ -235,7 +232,6 @@ class RobustTrainer(Trainer):
         teacher = copy.deepcopy(self.model).requires_grad_(False).to(self.args.device)
         return teacher.train()
 
-    # ------------------------------------------------------------------ log and stop
     def _record(self, terms: dict[str, Tensor], loss: Tensor) -> None:
         for name, value in {**terms, "total": loss}.items():
             detached = value.detach().float()
@@ -276,7 +272,6 @@ class RobustTrainer(Trainer):
             "lengthen --warmup_epochs, or train in fp32 or bf16 instead of fp16"
         )
 
-    # ------------------------------------------------------------------ checkpoints
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume from `True` (the newest complete checkpoint) or a path; see `Trainer.train`."""
         if resume_from_checkpoint is True:

@@ -32,7 +32,6 @@ def assert_same(one, other):
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-# ---------------------------------------------------------------------- resume
 def test_sigkill_in_mid_epoch_and_resume_end_bit_identical(tmp_path):
     """12 steps, 6 per epoch, checkpoints after 4 and 8: the kill comes after step 8 and before the end."""
     straight = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "straight"])
@@ -155,7 +154,6 @@ def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
 
 
-# ---------------------------------------------------------------------- schedule, optimiser
 @pytest.mark.parametrize("granularity", ["step", "epoch"])
 def test_learning_rates_follow_fractional_epochs(tmp_path, granularity):
     trainer = tiny_trainer(
@@ -201,7 +199,6 @@ def test_accumulation_averages_micro_batches(tmp_path):
     assert 0.3 < float(gradients[1].norm() / gradients[0].norm()) < 1.5  # a sum instead of a mean would be near 2
 
 
-# ---------------------------------------------------------------------- log, stop
 def test_every_loss_term_and_the_strength_are_logged(tmp_path):
     trainer = tiny_trainer(tmp_path, AIR(base=DynACL(period=0.5)))
     trainer.train()
@@ -238,7 +235,6 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert not (tmp_path / "checkpoint-6").exists()
 
 
-# ---------------------------------------------------------------------- refusals
 def test_wrong_branches_and_too_large_batches_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ACL runs images through .*\['clean', 'adv'\], the model has \['clean'\]"):
         tiny_trainer(tmp_path, ACL(), model=tiny_model(SimCLR()))
@@ -246,7 +242,6 @@ def test_wrong_branches_and_too_large_batches_are_refused(tmp_path):
         tiny_trainer(tmp_path, ACL(), per_device_train_batch_size=32)
 
 
-# ---------------------------------------------------------------------- same results, other formats
 def test_channels_last_gives_the_same_step(tmp_path):
     losses = []
     for channels_last in (False, True):
@@ -269,7 +264,6 @@ def test_bf16_reaches_the_same_attack_and_nearly_the_same_loss(tmp_path):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=0.02)
 
 
-# ---------------------------------------------------------------------- teacher, probe, export
 def test_momentum_encoder_moves_before_the_step_and_is_the_encoder_that_leaves(tmp_path):
     trainer = tiny_trainer(tmp_path, DynACL(ema_decay=0.75), max_steps=2, warmup_epochs=0)
     teacher = trainer.teacher.backbone.conv1.weight.clone()
