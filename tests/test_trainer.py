@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from training import tiny_images, tiny_model, tiny_trainer
 
 from hf_robust import checkpoints
+from hf_robust.data import load_image_dataset
 from hf_robust.objectives.acl import ACL
 from hf_robust.objectives.air import AIR
 from hf_robust.objectives.dynacl import DynACL
@@ -321,6 +323,21 @@ def test_unlabelled_images_train_without_a_probe(tmp_path):
     trainer = tiny_trainer(tmp_path, ACL(), data=data, probe_every=1, max_steps=2)
     trainer.train()
     assert not any("probe_standard_accuracy" in e for e in trainer.state.log_history)
+
+
+def test_streamed_images_train_to_the_same_weights(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for k, image in enumerate(tiny_images().images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{k:02}.png")
+    ends = []
+    for budget in (2**20, 0):
+        data = load_image_dataset(folder, memory_budget=budget)
+        assert (data.images is None) == (budget == 0)
+        trainer = tiny_trainer(tmp_path, ACL(), data=data, max_steps=2)
+        trainer.train()
+        ends.append(weights(trainer))
+    assert_same(*ends)
 
 
 def test_save_encoder_writes_the_adversarial_branch(tmp_path):
