@@ -53,6 +53,7 @@ class _NotifyingLoader(importlib.abc.Loader):
         return self.inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Run the module as its own loader would, then register what waits for it."""
         # From here on the module looks as if nobody had been in between (reload, inspect, importlib.resources).
         module.__loader__ = self.inner
         if module.__spec__ is not None:
@@ -77,6 +78,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find the module as the other finders do and put our loader around its own; `None` for all other modules."""
         if name != _TIMM and name.partition(".")[0] != "transformers":
             return None
         for finder in list(sys.meta_path):

@@ -183,6 +183,7 @@ def decode_all(encoded: EncodedImages, size: tuple[int, int], images: Tensor | N
     target = None if images is None else images.numpy()
 
     def decode(positions: range) -> list[int]:
+        """Decode one stretch; the positions in it that cannot be read."""
         unreadable = []
         for position, record in zip(positions, encoded.fetch(positions), strict=True):
             try:

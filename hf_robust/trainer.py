@@ -190,6 +190,7 @@ class RobustTrainer(Trainer):
                 )
 
             def multiplier(step: int) -> float:
+                """Learning rate of a step, as a share of the peak."""
                 epoch = (step + 1) / per_epoch
                 if args.lr_granularity == "epoch":
                     index = step // per_epoch
