@@ -92,5 +92,6 @@ class MethodCallback(TrainerCallback):
         self.trainer.after_step()
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close an epoch."""
-        self.trainer.end_epoch(state.epoch or 0.0)
+        """Close a round: probe, and keep checkpoints for the ends of epochs."""
+        if not self.trainer.close_round(state.epoch or 0.0) and args.save_strategy == "epoch":
+            control.should_save = False

@@ -36,7 +36,7 @@ from .image_sources import MOST_CLASSES, find_image_column, find_label_column, o
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["EpochSampler", "ImageDataset", "collate_images", "load_image_dataset"]
+__all__ = ["EpochSampler", "ImageDataset", "collate_images", "epoch_order", "load_image_dataset"]
 
 
 class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -213,9 +213,23 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        # SeedSequence mixes the pair; seed + epoch would give (0, 1) and (1, 0) the same order.
-        mixed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint32)[0])
-        return iter(torch.randperm(self.length, generator=torch.Generator().manual_seed(mixed)).tolist())
+        return iter(epoch_order(self.length, self.seed, self.epoch).tolist())
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> Tensor:
+    """Draw the permutation of an epoch: a function of its arguments and of nothing else.
+
+    Args:
+        length (`int`): number of items.
+        seed (`int`): non-negative.
+        epoch (`int`): non-negative.
+
+    Returns:
+        `torch.Tensor` of shape `(length,)`, int64.
+    """
+    # SeedSequence mixes the pair; seed + epoch would give (0, 1) and (1, 0) the same order.
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint32)[0])
+    return torch.randperm(length, generator=torch.Generator().manual_seed(mixed))
 
 
 def load_image_dataset(

@@ -6,6 +6,10 @@ image k. `gather` makes the tensors of all processes into one, with the exact gr
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -13,9 +17,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["gather", "invariance_terms", "nt_xent"]
+__all__ = ["DISTANCE_KINDS", "gather", "invariance_terms", "nt_xent", "representational_distance", "ungathered"]
 
 Formulation = Literal["released", "paper"]
+Reduction = Literal["mean", "none"]
+
+# Of the thread, not of the process: a selection in one thread leaves a training step in another alone.
+_gather_is_off: ContextVar[bool] = ContextVar("gather_is_off", default=False)
 
 
 class _Gather(torch.autograd.Function):
@@ -48,14 +56,31 @@ def gather(z: Tensor) -> Tensor:
         z (`torch.Tensor` of shape `(N, D)`): rows of this process; every process must bring the same N.
 
     Returns:
-        `torch.Tensor` of shape `(processes * N, D)`; `z` itself when there is one process.
+        `torch.Tensor` of shape `(processes * N, D)`; `z` itself when there is one process or inside `ungathered`.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _gather_is_off.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return z
     return _Gather.apply(z)
 
 
-def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float = 0.5) -> Tensor:
+@contextmanager
+def ungathered() -> Iterator[None]:
+    """Make `gather` return its argument, for losses of the rows of this process alone.
+
+    Coreset selection scores different minibatches, and different numbers of them, on different processes; gathering
+    would mix them, or wait for a process that has none left. Holds for the calling thread, may be nested.
+
+    Returns:
+        A context manager.
+    """
+    token = _gather_is_off.set(True)
+    try:
+        yield
+    finally:
+        _gather_is_off.reset(token)
+
+
+def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float = 0.5, reduction: Reduction = "mean") -> Tensor:
     """Normalised-temperature cross-entropy of two views, averaged over all 2N anchors.
 
     For each of the 2N rows the partner is the other view of the same image; the denominator holds all other
@@ -65,24 +90,31 @@ def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float = 0.5) -> Tensor:
         z_i (`torch.Tensor` of shape `(N, D)`): embeddings of the first view, not normalised.
         z_j (`torch.Tensor` of shape `(N, D)`): embeddings of the second view; row k shows the image of `z_i[k]`.
         temperature (`float`, defaults to 0.5, as published on CIFAR and STL-10; 0.1 on ImageNet-32): positive.
+        reduction (`str`, defaults to `"mean"`): `"none"` for one loss per image, the mean over its two anchors. The
+            loss of an image depends on all the others, which are its negatives.
 
     Returns:
-        `torch.Tensor` of shape `()`: the mean loss; `log(2N - 1)` when all rows are equal.
+        `torch.Tensor` of shape `()`: the mean loss; `log(2N - 1)` when all rows are equal. Of shape `(N,)` with
+        `reduction="none"`, whose mean is that number.
 
     Raises:
-        ValueError: if the shapes differ or the temperature is not positive.
+        ValueError: if the shapes differ, the temperature is not positive or the reduction is unknown.
 
     Source: Chen et al. 2020, Algorithm 1; released ACL code, `utils.py` (`nt_xent`), which subtracts the self
         similarity from the denominator where we mask it (equal up to rounding, stable at small temperatures).
     """
     _check_pair(z_i, z_j, temperature)
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     n = z_i.shape[0]
     with torch.autocast(z_i.device.type, enabled=False):  # similarities in bf16 would cost two digits
         z = F.normalize(_at_least_float32(torch.cat([z_i, z_j])), dim=1)
         logits = z @ z.t() / temperature  # (2N, 2N)
         logits = logits.masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), float("-inf"))
         partner = torch.arange(2 * n, device=z.device).roll(n)
-        return F.cross_entropy(logits, partner)
+        if reduction == "mean":
+            return F.cross_entropy(logits, partner)
+        return F.cross_entropy(logits, partner, reduction="none").view(2, n).mean(0)
 
 
 def invariance_terms(
@@ -140,6 +172,125 @@ def invariance_terms(
     raise ValueError(f"formulation must be 'released' or 'paper', got {formulation!r}")
 
 
+def representational_distance(z_clean: Tensor, z_adv: Tensor, kind: str = "kl_softmax") -> Tensor:
+    """Distance of the outputs of clean and adversarial images: what a robustness-aware coreset is to lower.
+
+    With P columns, c and a the softmax of the rows of `z_clean` and `z_adv`, m = (a + c) / 2:
+
+    - `"kl_softmax"` (paper, d(f(x~), f(x))): KL(a || c) = sum a log(a / c), mean over the N rows.
+    - `"kl_softmax_released"` (released code, ImageNet): KL(c || a), mean over all N x P elements.
+    - `"kl_minmax"` (released code, CIFAR and STL-10): q log(q / p), mean over all elements, with q and p the rows of
+      `z_adv` and `z_clean` stretched to [0, 1], plus 1e-8.
+    - `"js"` (our fix, Jensen-Shannon as defined): (KL(a || m) + KL(c || m)) / 2, mean over the rows.
+    - `"js_released"` (released code, CIFAR and STL-10): (KL(m || a) + KL(m || c)) / 2, mean over all elements.
+    - `"ot"` (released code): entropic optimal transport between the two batches.
+
+    `"kl_minmax"` is no divergence (its rows do not sum to 1): it may be negative. A constant row is stretched to
+    zeros and gets no gradient, where the released code divides 0 by 0. `"ot"` matches the rows of one batch to those
+    of the other at cost max(0, 1 - cosine(c_r, a_s)), so it depends on the batch and holds N x N matrices, up to some
+    hundreds in the backward pass: call it with N of 256, as the released code does. Gradient flows into both
+    arguments, in `"ot"` also through the plan; detach what is a constant of your problem, as an attack detaches
+    `z_clean`. No kind sees a constant added to a row, so the gradient of a row sums to zero.
+
+    Args:
+        z_clean (`torch.Tensor` of shape `(N, P)`): projector outputs or logits of the clean images.
+        z_adv (`torch.Tensor` of shape `(N, P)`): of the adversarial ones; row k belongs to the image of `z_clean[k]`.
+        kind (`str`, defaults to `"kl_softmax"`, as the paper defines it): one of `DISTANCE_KINDS`.
+
+    Returns:
+        `torch.Tensor` of shape `()`; float32, or float64 for float64 input.
+
+    Raises:
+        ValueError: if the shapes differ or the kind is unknown.
+
+    Source: Xu et al. 2023 (RCS); released RCS code, `RCS.py` (`kl_loss`, `JS_loss`) and `ot.py`.
+    """
+    _check_shapes(z_clean, z_adv)
+    if kind not in _DISTANCES:
+        raise ValueError(f"kind must be one of {', '.join(DISTANCE_KINDS)}, got {kind!r}")
+    with torch.autocast(z_clean.device.type, enabled=False):
+        return _DISTANCES[kind](_at_least_float32(z_clean), _at_least_float32(z_adv))
+
+
+def _kl_elements(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return log_p.exp() * (log_p - log_q)
+
+
+def _log_softmaxes(z_clean: Tensor, z_adv: Tensor) -> tuple[Tensor, Tensor]:
+    return F.log_softmax(z_clean, dim=1), F.log_softmax(z_adv, dim=1)
+
+
+def _kl_softmax(z_clean: Tensor, z_adv: Tensor) -> Tensor:
+    log_c, log_a = _log_softmaxes(z_clean, z_adv)
+    return _kl_elements(log_a, log_c).sum(1).mean()
+
+
+def _kl_softmax_released(z_clean: Tensor, z_adv: Tensor) -> Tensor:
+    return _kl_elements(*_log_softmaxes(z_clean, z_adv)).mean()
+
+
+def _js(z_clean: Tensor, z_adv: Tensor) -> Tensor:
+    log_c, log_a = _log_softmaxes(z_clean, z_adv)
+    log_m = torch.logaddexp(log_c, log_a) - math.log(2)
+    return (_kl_elements(log_a, log_m) + _kl_elements(log_c, log_m)).sum(1).mean() / 2
+
+
+def _js_released(z_clean: Tensor, z_adv: Tensor) -> Tensor:
+    log_c, log_a = _log_softmaxes(z_clean, z_adv)
+    log_m = torch.logaddexp(log_c, log_a) - math.log(2)
+    return (_kl_elements(log_m, log_a) + _kl_elements(log_m, log_c)).mean() / 2
+
+
+def _kl_minmax(z_clean: Tensor, z_adv: Tensor) -> Tensor:
+    return _kl_elements((_stretch(z_adv) + 1e-8).log(), (_stretch(z_clean) + 1e-8).log()).mean()
+
+
+def _stretch(z: Tensor) -> Tensor:
+    low = z.amin(1, keepdim=True)
+    spread = (z.amax(1, keepdim=True) - low).clamp_min(1e-12)
+    # The least element is 0 whatever z is. Written as (low - low) / spread, its derivative is the difference of two
+    # numbers near 1e8 (from the logarithm of 0 + 1e-8), which swallow the others: 0.5 % of the gradient in float32.
+    return torch.where(z == low, 0.0, (z - low) / spread)
+
+
+def _optimal_transport(z_clean: Tensor, z_adv: Tensor) -> Tensor:
+    clean, adversarial = (F.normalize(z.softmax(1), dim=1) for z in (z_clean, z_adv))
+    cost = (1 - clean @ adversarial.t()).clamp_min(0)  # (N, N)
+    return (_transport_plan(cost) * cost).sum()
+
+
+def _transport_plan(
+    cost: Tensor, regularisation: float = 0.01, iterations: int = 100, tolerance: float = 0.1
+) -> Tensor:
+    """Sinkhorn's plan between uniform marginals; constants and the 1e-6 of the logarithm as released."""
+    u, v = cost.new_zeros(len(cost), 1), cost.new_zeros(1, len(cost))
+    log_mass = -math.log(len(cost))
+    for _ in range(iterations):
+        previous = u
+        u = u + regularisation * (log_mass - _log_sum((u + v - cost) / regularisation, dim=1))
+        v = v + regularisation * (log_mass - _log_sum((u + v - cost) / regularisation, dim=0))
+        # Reads one number from the device. Doing all iterations and freezing the converged state would cost more: two
+        # to eight suffice for outputs of unit size, and the backward pass keeps N x N matrices of each.
+        if float((u - previous).detach().abs().sum()) < tolerance:
+            break
+    return ((u + v - cost) / regularisation).exp()
+
+
+def _log_sum(exponents: Tensor, dim: int) -> Tensor:
+    return (exponents.exp().sum(dim, keepdim=True) + 1e-6).log()
+
+
+_DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl_softmax": _kl_softmax,
+    "kl_softmax_released": _kl_softmax_released,
+    "kl_minmax": _kl_minmax,
+    "js": _js,
+    "js_released": _js_released,
+    "ot": _optimal_transport,
+}
+DISTANCE_KINDS: tuple[str, ...] = tuple(_DISTANCES)
+
+
 def _released_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_b.exp() * (log_b - log_a.exp())).sum()
 
@@ -148,10 +299,14 @@ def _at_least_float32(z: Tensor) -> Tensor:
     return z if z.dtype == torch.float64 else z.float()
 
 
-def _check_pair(z_i: Tensor, z_j: Tensor, temperature: float) -> None:
+def _check_shapes(z_i: Tensor, z_j: Tensor) -> None:
     if z_i.dim() != 2 or z_i.shape != z_j.shape:
         raise ValueError(
             f"embeddings must be two tensors of equal shape (N, D), got {tuple(z_i.shape)} and {tuple(z_j.shape)}"
         )
+
+
+def _check_pair(z_i: Tensor, z_j: Tensor, temperature: float) -> None:
+    _check_shapes(z_i, z_j)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}: the published value is 0.5")

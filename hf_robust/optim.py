@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["LARS", "warmup_cosine"]
+__all__ = ["LARS", "make_optimizer", "step_decay", "warmup_cosine"]
 
 
 class LARS(Optimizer):
@@ -79,6 +79,59 @@ class LARS(Optimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, update)
         torch._foreach_sub_(params, buffers)
+
+
+def make_optimizer(
+    kind: str,
+    params: list[nn.Parameter],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """Build an optimiser by name.
+
+    Args:
+        kind (`str`): `"lars"` (every tensor alike, as released), `"sgd"` (Nesterov when momentum is positive) or
+            `"adamw"` (no decay on vectors and biases).
+        params (`list[nn.Parameter]`): what is trained.
+        lr (`float`): peak learning rate.
+        momentum (`float`): of lars and sgd.
+        weight_decay (`float`): 0 or more.
+        betas, eps: of adamw.
+
+    Returns:
+        `torch.optim.Optimizer`: without state.
+    """
+    if kind == "lars":
+        return LARS(params, lr, momentum, weight_decay)
+    if kind == "sgd":
+        return torch.optim.SGD(params, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+    if kind == "adamw":
+        groups = [
+            {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr, betas, eps)
+    raise ValueError(f"optimizer must be lars, sgd or adamw, got {kind!r}")
+
+
+def step_decay(epoch: float, base_lr: float, milestones: Sequence[float]) -> float:
+    """Learning rate that falls to a tenth at each milestone.
+
+    Args:
+        epoch (`float`): epochs already trained.
+        base_lr (`float`): rate before the first milestone.
+        milestones (`Sequence[float]`): epochs.
+
+    Returns:
+        `float`: `base_lr` times 0.1 to the number of milestones reached.
+
+    Source: released SAT code for ImageNet (`adjust_learning_rate`) and the fine-tuning scripts.
+    """
+    return base_lr * 0.1 ** sum(epoch + 1e-9 >= m for m in milestones)
 
 
 def warmup_cosine(epoch: float, *, base_lr: float, warmup_epochs: float, epochs: float, min_lr: float = 1e-6) -> float:

@@ -41,7 +41,12 @@ class RobustPretrainer(RobustTrainer):
         batch = self.views(inputs["image"], self.objective.views, strength=self._strength, generator=generator)
         if self.args.channels_last:
             batch = {name: x.contiguous(memory_format=torch.channels_last) for name, x in batch.items()}
-        return batch
+        return {**batch, "label": inputs["label"]} if self.objective.needs_labels else batch
+
+    def originals(self, images: Tensor) -> Tensor:
+        """Un-augmented images at the size of the views."""
+        x = self.views(images, ("original",))["original"]
+        return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
 
     def describe_run(self) -> dict[str, str]:
         """Add the views to what a resumed run must agree with."""
@@ -100,12 +105,12 @@ class RobustPretrainer(RobustTrainer):
                 "cannot know them; use splits of one data set, or leave eval_dataset out"
             )
 
-    def end_epoch(self, epoch: float) -> None:
+    def end_epoch(self, before: float, epoch: float) -> None:
         """Run the probe every `probe_every` epochs when labels exist."""
-        every, whole = self.args.probe_every, math.floor(epoch + 1e-6)
-        if not every or not whole or not self.can_probe or not self.is_world_process_zero():
+        every = self.args.probe_every
+        if not every or not self.can_probe or not self.is_world_process_zero():
             return
-        if math.floor(whole / every + 1e-9) == math.floor((whole - 1) / every + 1e-9):
+        if math.floor(epoch / every + 1e-6) == math.floor(before / every + 1e-6):
             return
         classes = len(self.train_dataset.labels.unique())  # a stratified subset holds each of them
         n_train, n_eval = (max(n, classes) for n in (self.args.probe_examples, self.args.probe_eval_examples))

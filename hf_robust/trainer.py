@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -22,10 +22,13 @@ from transformers.trainer_utils import TrainOutput
 from hf_robust import checkpoints
 from hf_robust.attacks import PGD, LossFn, frozen
 from hf_robust.callbacks import MethodCallback, average_buffers, share_from_first, update_ema
-from hf_robust.data import EpochSampler, ImageDataset, collate_images
+from hf_robust.coresets import CoresetMethod, FullData, SelectionTask
+from hf_robust.coresets.phases import CoresetPhases, seeded_generator
+from hf_robust.coresets.sampler import CoresetSampler
+from hf_robust.data import ImageDataset, collate_images
 from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
-from hf_robust.optim import LARS, warmup_cosine
+from hf_robust.optim import make_optimizer, step_decay, warmup_cosine
 from hf_robust.training_args import RobustTrainingArguments
 
 __all__ = ["RobustTrainer"]
@@ -47,10 +50,12 @@ class RobustTrainer(Trainer):
         objective ([`Objective`]): the method.
         attack ([`PGD`], *optional*): the training attack; default: the published one.
         train_dataset ([`ImageDataset`]): uint8 images.
+        coreset ([`CoresetMethod`], *optional*): which of them each epoch shows; default: all.
         kwargs: passed on to `transformers.Trainer`.
 
     Raises:
-        ValueError: if objective and model disagree on norm branches, or the batch is larger than the data set.
+        ValueError: if objective and model disagree on norm branches, labels are missing, or the batch is larger than
+            the data set or the coreset.
     """
 
     # narrower than the stock annotations, which allow any model and data set
@@ -71,9 +76,11 @@ class RobustTrainer(Trainer):
         objective: Objective,
         attack: PGD | None = None,
         train_dataset: ImageDataset | None = None,
+        coreset: CoresetMethod | None = None,
         **kwargs: Any,
     ) -> None:
         _check_branches(model, objective)
+        coreset = coreset if coreset is not None else FullData()
         if args.world_size > 1:
             # Otherwise the last batch repeats images on some rank: false negatives of a contrastive loss.
             args.dataloader_drop_last = True
@@ -84,15 +91,25 @@ class RobustTrainer(Trainer):
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         if train_dataset is not None:
+            _check_labels(train_dataset, objective)
             args.check_batch(len(train_dataset))
-            if len(train_dataset) % args.per_device_train_batch_size == 1:
+            coreset.check(objective, model, train_dataset)
+            self.phases = CoresetPhases(
+                coreset,
+                train_dataset,
+                args.per_device_train_batch_size * args.world_size,
+                args.data_seed if args.data_seed is not None else args.seed,
+                args.num_train_epochs if args.max_steps <= 0 else 0.0,
+            )
+            if self.phases.rounds.length % args.per_device_train_batch_size == 1:
                 # Norms cannot be computed on one image, and a contrastive loss has nothing to contrast it with.
                 args.dataloader_drop_last = True
+            self._steps_per_round = args.steps_per_epoch(self.phases.rounds.length)
+        self._asked_length = (args.num_train_epochs, args.max_steps)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_images, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.objective = objective
         self.attack = attack if attack is not None else PGD()
-        self.sampler: EpochSampler | None = None
         self.teacher = self._build_teacher()
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._strength = 1.0
@@ -105,7 +122,16 @@ class RobustTrainer(Trainer):
     @property
     def progress(self) -> float:
         """Training progress in [0, 1], the only clock of objectives."""
-        return min(1.0, self.state.global_step / self.state.max_steps) if self.state.max_steps > 0 else 0.0
+        length = self._epoch_at(self.state.max_steps) if self.state.max_steps > 0 else 0.0
+        return min(1.0, self.epoch / length) if length else 0.0
+
+    @property
+    def epoch(self) -> float:
+        """Epochs trained so far as the published schedules count them: one on a coreset counts like one on all."""
+        return self._epoch_at(self.state.global_step)
+
+    def _epoch_at(self, step: int) -> float:
+        return self.phases.rounds.epoch(step / self._steps_per_round)
 
     def prepare_batch(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Turn a collated batch into what the objective reads; subclasses make views."""
@@ -129,10 +155,7 @@ class RobustTrainer(Trainer):
         step, micro = self._micro_step
         self._micro_step = (step, micro + 1) if step == self.state.global_step else (self.state.global_step, 0)
         step, micro = self._micro_step
-        # hashed, so that (seed 1, step 0) is not (seed 0, step 1)
-        name = f"{self.args.seed}/{step}/{micro}/{self.args.process_index}".encode()
-        seed = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest())
-        return torch.Generator(self.args.device).manual_seed(seed)
+        return seeded_generator(self.args.device, self.args.seed, step, micro, self.args.process_index)
 
     def _training_attack(self, generator: torch.Generator) -> Callable[[LossFn, Tensor], Tensor]:
         module = self.accelerator.unwrap_model(self.model)
@@ -150,67 +173,93 @@ class RobustTrainer(Trainer):
 
         return attack
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self.sampler = EpochSampler(len(dataset), seed)
-        return self.sampler
+    def _get_train_sampler(self, train_dataset: Any = None) -> CoresetSampler:
+        return self.phases.sampler
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build the optimiser over all trainable tensors (adamw: no decay on vectors and biases)."""
+        """Build the optimiser over all trainable tensors; see `optim.make_optimizer`."""
         if self.optimizer is None:
             args = self.args
-            params = [p for p in (model or self.model).parameters() if p.requires_grad]
-            if args.optimizer == "lars":
-                self.optimizer = LARS(params, args.learning_rate, args.momentum, args.weight_decay)
-            elif args.optimizer == "sgd":
-                nesterov = args.momentum > 0
-                self.optimizer = torch.optim.SGD(
-                    params, args.learning_rate, args.momentum, weight_decay=args.weight_decay, nesterov=nesterov
-                )
-            else:
-                groups = [
-                    {"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay},
-                    {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-                ]
-                betas = (args.adam_beta1, args.adam_beta2)
-                self.optimizer = torch.optim.AdamW(groups, args.learning_rate, betas, args.adam_epsilon)
+            self.optimizer = make_optimizer(
+                args.optimizer,
+                [p for p in (model or self.model).parameters() if p.requires_grad],
+                lr=args.learning_rate,
+                momentum=args.momentum,
+                weight_decay=args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+            )
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Build the warm-up and cosine schedule in fractional epochs; see `optim.warmup_cosine`."""
+        """Build the schedule in fractional epochs; see `optim.warmup_cosine` and `optim.step_decay`."""
         if self.lr_scheduler is None:
-            args = self.args
-            per_epoch = args.steps_per_epoch(len(self.train_dataset))
-            if args.warmup_epochs >= num_training_steps / per_epoch:
+            args, epochs = self.args, self._epoch_at(num_training_steps)
+            if args.warmup_epochs >= epochs:
                 logger.warning(
                     "the run of %.3g epochs ends inside the warm-up of %g, below the learning rate asked for: "
                     "lower --warmup_epochs",
-                    *(num_training_steps / per_epoch, args.warmup_epochs),
+                    *(epochs, args.warmup_epochs),
                 )
 
             def multiplier(step: int) -> float:
                 """Learning rate of a step, as a share of the peak."""
-                epoch = (step + 1) / per_epoch
+                epoch = self._epoch_at(step + 1)
                 if args.lr_granularity == "epoch":
-                    index = step // per_epoch
+                    index = math.floor(self._epoch_at(step) + 1e-9)
                     epoch = index + 1 if index < args.warmup_epochs else index
                 rate = warmup_cosine(
                     epoch,
                     base_lr=args.learning_rate,
                     warmup_epochs=args.warmup_epochs,
-                    epochs=num_training_steps / per_epoch,
+                    epochs=epochs,
                     min_lr=args.min_learning_rate,
                 )
+                if args.lr_milestones:
+                    rate = step_decay(self._epoch_at(step), args.learning_rate, args.lr_milestones)
                 return rate / args.learning_rate if args.learning_rate else 0.0
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, multiplier)
         return self.lr_scheduler
 
-    def start_epoch(self, epoch: int) -> None:
-        """Tell the sampler its epoch (Accelerate's own call gets lost after a resume with several processes)."""
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch)
+    def start_epoch(self, round: int) -> None:
+        """Tell the sampler its round (Accelerate's own call gets lost after a resume) and choose a coreset if due."""
+        self.phases.sampler.set_epoch(round)
+        if self.phases.due(round):
+            self._select_coreset(round)
+
+    def _select_coreset(self, round: int) -> None:
+        self._strength = self.objective.strength(self.progress)
+        module, args = self.accelerator.unwrap_model(self.model), self.args
+        device = args.device
+        task = SelectionTask(
+            model=module,
+            objective=self.objective,
+            dataset=self.train_dataset,
+            pool=self.phases.pool,
+            validation=self.phases.validation,
+            budget=self.phases.rounds.length,
+            batch_size=args.per_device_train_batch_size * args.world_size,
+            views=self.prepare_batch,
+            originals=self.originals,
+            attack=self.attack,
+            seed=self.phases.seed,
+            generator=lambda name: seeded_generator(device, self.phases.seed, "coreset", round, name),
+            autocast=self.accelerator.autocast,
+            progress=self.progress,
+            device=device,
+            show_progress=not args.disable_tqdm and self.is_world_process_zero(),
+        )
+        with frozen(module), torch.no_grad():
+            logs = self.phases.select(round, lambda: self.phases.method.select(task))
+        if self.phases.method.chooses:
+            if args.should_save:
+                self.phases.write(str(args.output_dir))
+            self.log(logs)
+
+    def originals(self, images: Tensor) -> Tensor:
+        """Turn uint8 images into floats in [0, 1], un-augmented; subclasses resize to their views."""
+        return images.float() / 255
 
     def before_step(self) -> None:
         """Move the momentum encoder, before the optimiser step as released."""
@@ -224,7 +273,14 @@ class RobustTrainer(Trainer):
         if self.teacher is not None:
             average_buffers(self.teacher)
 
-    def end_epoch(self, epoch: float) -> None:
+    def close_round(self, rounds: float) -> bool:
+        """Close a round, the last one maybe unfinished; tell whether an epoch, or the training, has ended with it."""
+        clock = self.phases.rounds  # rounds of a coreset warm-up are shorter than an epoch
+        before, now = clock.epoch(max(0, math.ceil(rounds - 1e-6) - 1)), clock.epoch(rounds)
+        self.end_epoch(before, now)
+        return math.floor(now + 1e-6) > math.floor(before + 1e-6) or self.state.global_step >= self.state.max_steps
+
+    def end_epoch(self, before: float, epoch: float) -> None:
         """Nothing here; subclasses probe."""
 
     def _build_teacher(self) -> Any:
@@ -248,6 +304,8 @@ class RobustTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every loss term since the last entry, over all processes, and stop on NaN."""
         logs["seconds"] = self._earlier_seconds + time.monotonic() - self._started
+        if self.phases.method.chooses:
+            logs["paper_epoch"] = self.epoch
         if "loss" in logs and self._recorded:
             terms = self._terms
             means = self.accelerator.reduce(torch.stack(list(terms.values())) / self._recorded, "mean").tolist()
@@ -258,6 +316,11 @@ class RobustTrainer(Trainer):
             self._share_broken()
         super().log(logs, start_time)
         self._stop_if_broken()
+
+    @property
+    def selection_seconds(self) -> float:
+        """Wall time of all coreset selections, part of `training_seconds`."""
+        return sum(entry.get("coreset_seconds", 0.0) for entry in self.state.log_history)
 
     def _share_broken(self) -> None:
         """Let every process know what one has seen, so that all of them stop or none; called by all processes."""
@@ -293,6 +356,10 @@ class RobustTrainer(Trainer):
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._terms, self._recorded, self._micro_step = {}, 0, (-1, 0)
         self._broken = torch.zeros_like(self._broken)
+        self.phases.restart()
+        if self.phases.method.chooses and self.args.max_steps <= 0:
+            rounds = self.phases.rounds.rounds(self.args.num_train_epochs)
+            self.args.max_steps = math.ceil(rounds * self._steps_per_round - 1e-9)
         if resume_from_checkpoint:
             checkpoints.check_run(str(resume_from_checkpoint), self.describe_run())
             state = TrainerState.load_from_json(os.path.join(str(resume_from_checkpoint), TRAINER_STATE_NAME))
@@ -311,7 +378,6 @@ class RobustTrainer(Trainer):
         """Describe what a checkpoint must agree with to be resumed exactly."""
         args, config = self.args, self.accelerator.unwrap_model(self.model).config
         batch = (args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps)
-        length = (args.num_train_epochs, args.max_steps)
         schedule = (args.learning_rate, args.warmup_epochs, args.min_learning_rate, args.lr_granularity)
         return {
             "objective": repr(self.objective),
@@ -319,7 +385,9 @@ class RobustTrainer(Trainer):
             "network": f"{config.architecture} {config.model_args} {config.image_size} px",
             "optimizer, momentum, weight decay": repr((args.optimizer, args.momentum, args.weight_decay)),
             "learning rate, warm-up, floor, granularity": repr(schedule),
-            "epochs, max_steps": repr(length),
+            "learning rate milestones": repr(args.lr_milestones),
+            "epochs, max_steps": repr(self._asked_length),
+            "coreset": repr(self.phases.method),
             "precision": self.accelerator.mixed_precision,
             "norm statistics of the whole batch": str(args.sync_norm),
             "batch (images, processes, accumulation)": repr(batch),
@@ -347,6 +415,8 @@ class RobustTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save and self.teacher is not None:
                 save_model(self.teacher, str(folder / _TEACHER_FILE))
+            if self.args.should_save:
+                self.phases.save(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.write_run(folder, self.describe_run())
@@ -364,6 +434,7 @@ class RobustTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.teacher is not None:
             load_model(self.teacher, os.path.join(resume_from_checkpoint, _TEACHER_FILE))
+        self.phases.load(resume_from_checkpoint)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: a self-supervised loss on held-out images says nothing about robustness."""
@@ -389,6 +460,15 @@ def _check_branches(model: Any, objective: Objective) -> None:
         raise ValueError(
             f"{objective.title} runs images through the norm branches {list(objective.norm_branches)}, the model has "
             f"{list(has)}: build the model with norm_branches={tuple(objective.norm_branches)!r}"
+        )
+
+
+def _check_labels(dataset: ImageDataset, objective: Objective) -> None:
+    if objective.needs_labels and (dataset.labels is None or (dataset.num_classes or 0) < 2):
+        found = "no labels" if dataset.labels is None else "one class"
+        raise ValueError(
+            f"{objective.title} is supervised and {dataset.name!r} has {found}: name a label column "
+            "(--label_column), or train a self-supervised method such as --objective acl"
         )
 
 

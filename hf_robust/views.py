@@ -11,20 +11,25 @@ Source: "small_scale_datasets/DynACL_RCS.py" of the released code (strength 1 = 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import reduce
 
 import torch
 from torch import Tensor
 
+from hf_robust.crops import (
+    TRIES,
+    crop_resize,
+    padded_crop,
+    resize_whole,
+    resized_crop,
+    sample_crops,
+)
+
 INTERPOLATIONS = ("bicubic", "bilinear")
-_RATIO = 4 / 3  # the widest; the narrowest is its inverse
-_TRIES = 10
-_Crops = tuple[Tensor, Tensor, Tensor, Tensor]
+_CROPS = {"padded_crop": padded_crop, "resized_crop": resized_crop}
+_FIXED = ("original", *_CROPS)  # all other names begin with view_
 _CHUNK_VALUES = 256 * 3 * 32 * 32  # enough to amortise the dispatch of an operation, little enough for the caches
 
 
@@ -101,11 +106,11 @@ def sample_parameters(
     device = device or (generator.device if generator else "cpu")
     source = generator.device if generator else device
     # One call for all numbers: one kernel, and the same numbers at every strength.
-    draws = torch.rand(n, 2 * _TRIES + 13, generator=generator, device=source, dtype=torch.float32).to(device)
-    crop_draws, draws = draws.split((2 * _TRIES + 2, 11), dim=1)
+    draws = torch.rand(n, 2 * TRIES + 13, generator=generator, device=source, dtype=torch.float32).to(device)
+    crop_draws, draws = draws.split((2 * TRIES + 2, 11), dim=1)
     factors = 1 + (2 * draws[:, 2:5] - 1) * (0.4 * strength)
     return ViewParameters(
-        *_sample_crops(crop_draws, image_size, minimal_area=1 - 0.9 * strength),
+        *sample_crops(crop_draws, image_size, minimal_area=1 - 0.9 * strength),
         flip=draws[:, 0] < 0.5,
         jitter=draws[:, 1] < 0.8 * strength,
         brightness=factors[:, 0],
@@ -173,9 +178,10 @@ class Views:
         Args:
             images (uint8, `(N, 3, H, W)`): the images; any height and width.
             names (`Sequence[str]`): "view_1", "view_2", any "view_...": random views, drawn in the order of the
-                names; "original": the image without augmentation, which takes no random number. If it is not of the
-                size, its short side is resized to `size` and the centre cut out (as `Resize` and `CenterCrop` do).
-            strength (`float`, in [0, 1], default 1.0 = ACL): strength of the augmentation, see `sample_parameters`.
+                names; "padded_crop", "resized_crop": crops without colours, see `hf_robust.crops`; "original": the
+                image without augmentation, which takes no random number. If it is not of the size, its short side
+                is resized to `size` and the centre cut out (as `Resize` and `CenterCrop` do).
+            strength (`float`, in [0, 1], default 1.0 = ACL): strength of the random views, see `sample_parameters`.
             generator (`torch.Generator`, default the device's global one): source of randomness.
 
         Returns:
@@ -192,7 +198,10 @@ class Views:
         views = {}
         for name in names:
             if name == "original":
-                views[name] = _resize_whole(images, self.size, self.interpolation)
+                views[name] = resize_whole(images, self.size, self.interpolation)
+                continue
+            if name in _CROPS:
+                views[name] = _CROPS[name](images, self.size, interpolation=self.interpolation, generator=generator)
                 continue
             drawn = sample_parameters(
                 n, image_size=shape, strength=strength, device=images.device, generator=generator
@@ -201,21 +210,10 @@ class Views:
         return views
 
 
-def _sample_crops(draws: Tensor, image_size: tuple[int, int], minimal_area: float) -> _Crops:
-    """Top, left, height and width of random crops, from uniform numbers `(N, 2 tries + 2)`."""
-    image_height, image_width = image_size
-    area = image_height * image_width * (minimal_area + (1 - minimal_area) * draws[:, :_TRIES])
-    ratio = torch.exp(math.log(_RATIO) * (2 * draws[:, _TRIES : 2 * _TRIES] - 1))
-    widths, heights = torch.sqrt(area * ratio).round_(), torch.sqrt(area / ratio).round_()
-    fits = (widths > 0) & (widths <= image_width) & (heights > 0) & (heights <= image_height)
-    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)  # argmax names the first of equals
-    found = fits.any(dim=1)
-    # The fallback: the largest central crop of an allowed ratio.
-    height = torch.where(found, heights.gather(1, first)[:, 0], min(image_height, round(image_width * _RATIO)))
-    width = torch.where(found, widths.gather(1, first)[:, 0], min(image_width, round(image_height * _RATIO)))
-    top = torch.where(found, draws[:, -2] * (image_height - height + 1), (image_height - height) / 2)
-    left = torch.where(found, draws[:, -1] * (image_width - width + 1), (image_width - width) / 2)
-    return top.long(), left.long(), height.long(), width.long()
+def _crop(images: Tensor, parameters: ViewParameters, size: int, interpolation: str) -> Tensor:
+    """Whole levels of the crops, resized and flipped."""
+    crops = (parameters.top, parameters.left, parameters.height, parameters.width)
+    return crop_resize(images, crops, parameters.flip, size, interpolation)
 
 
 def _apply_grouped(images: Tensor, parameters: ViewParameters, size: int, interpolation: str) -> Tensor:
@@ -224,7 +222,7 @@ def _apply_grouped(images: Tensor, parameters: ViewParameters, size: int, interp
     chunk = max(1, _CHUNK_VALUES // max(3 * size * size, images[:1].numel()))
     for start in range(0, len(images), chunk):
         part = parameters[start : start + chunk]
-        levels = _crop_resize(images[start : start + chunk], part, size, interpolation)
+        levels = _crop(images[start : start + chunk], part, size, interpolation)
         for chosen, operation, amount in _colour_steps(part):
             rows = chosen.nonzero()[:, 0]
             if len(rows) > 0:
@@ -237,7 +235,7 @@ def _apply_grouped(images: Tensor, parameters: ViewParameters, size: int, interp
 
 def _apply_masked(images: Tensor, parameters: ViewParameters, size: int, interpolation: str) -> Tensor:
     """Make the views, all operations on all images and the needed ones picked (fixed shapes: for accelerators)."""
-    levels = _crop_resize(images, parameters, size, interpolation)
+    levels = _crop(images, parameters, size, interpolation)
     for chosen, operation, amount in _colour_steps(parameters):
         levels = torch.where(chosen[:, None, None, None], _change_colour(levels.clone(), operation, amount), levels)
     return torch.where(parameters.gray[:, None, None, None], _grayscale(levels), levels) / 255
@@ -299,70 +297,6 @@ def _turn_hue(levels: Tensor, turns: Tensor) -> Tensor:
     return levels.round_()
 
 
-def _crop_resize(images: Tensor, parameters: ViewParameters, size: int, interpolation: str) -> Tensor:
-    """Crops resized to `(size, size)` and flipped, as whole levels in float32."""
-    height, width = images.shape[2:]
-    across = _resampling_weights(parameters.left, parameters.width, width, size, interpolation, parameters.flip)
-    down = _resampling_weights(parameters.top, parameters.height, height, size, interpolation)
-    return _resample(images, across[:, None], down[:, None])
-
-
-def _resize_whole(images: Tensor, size: int, interpolation: str) -> Tensor:
-    """Images in [0, 1], the short side resized to `size` and the centre cut out."""
-    height, width = images.shape[2:]
-    if height == width == size:
-        return images.float() / 255
-    weights, start = [], torch.zeros(1, device=images.device)
-    for length in (width, height):
-        scaled = size * length // min(height, width)
-        margin = round((scaled - size) / 2)
-        matrix = _resampling_weights(start, start + length, length, scaled, interpolation)
-        weights.append(matrix[:, None, margin : margin + size])
-    return _resample(images, *weights) / 255
-
-
-def _resampling_weights(
-    start: Tensor, length: Tensor, total: int, size: int, interpolation: str, flip: Tensor | None = None
-) -> Tensor:
-    """Matrices `(N, size, total)` that resample `length` of `total` pixels from `start` on to `size` pixels."""
-    target = torch.arange(size, dtype=torch.float32, device=start.device)[:, None]
-    if flip is not None:
-        target = torch.where(flip[:, None, None], size - 1 - target, target)
-    source = torch.arange(total, dtype=torch.float32, device=start.device) - start[:, None, None]
-    length = length.float()[:, None, None]
-    # Distance of pixel centres in units of the filter: a ratio of whole numbers, rounded only once.
-    distance = ((2 * source + 1) * size - (2 * target + 1) * length).div_(2 * length.clamp_min(size)).abs_()
-    if interpolation == "bilinear":
-        weights = (1 - distance).clamp_min_(0)
-    else:
-        # Keys' cubic with a = -1/2, as a spline with knots at 1 and 2.
-        inner, outer = (1 - distance).clamp_min_(0), (2 - distance).clamp_min_(0)
-        weights = (outer - 1).mul_(0.5).mul_(outer).mul_(outer).add_((1 - 2 * inner).mul_(inner).mul_(inner))
-    weights.mul_((source >= 0) & (source < length))  # nothing outside the crop takes part
-    weights.div_(weights.sum(dim=2, keepdim=True))
-    # Pillow's weights of 22 bits after the point: they decide the frequent ties between two levels.
-    return weights.mul_(2**22).add_(0.5).floor_().mul_(2**-22)
-
-
-def _resample(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """Whole levels `(N, 3, size, size)`, rounded after each of the two products (halves up) as Pillow does."""
-    device = images.device.type
-    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else None
-    split = _tf32_parts if device != "cpu" else lambda weights: (weights,)
-    with autocast or contextlib.nullcontext():
-        levels = images.float()
-        levels = reduce(torch.add, [levels @ part.mT for part in split(across)])
-        levels = levels.add_(0.5).floor_().clamp_(0, 255)
-        levels = reduce(torch.add, [part @ levels for part in split(down)])
-        return levels.add_(0.5).floor_().clamp_(0, 255)
-
-
-def _tf32_parts(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Two terms of the weights that both fit the 11 bits of TF32 (levels need 8), should products run in it."""
-    coarse = (weights * 1024).round_().mul_(1 / 1024)
-    return coarse, weights - coarse
-
-
 def _check_sampling(image_size: tuple[int, int], strength: float) -> None:
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength}: write 1 for the full augmentation of ACL")
@@ -389,7 +323,7 @@ def _check_names(names: Sequence[str]) -> None:
     if isinstance(names, str):
         raise ValueError(f"names must be a sequence of view names, got the string {names!r}: write [{names!r}]")
     for name in names:
-        _check_word("view", name, name == "original" or name.startswith("view_"), ("view_1", "view_2", "original"))
+        _check_word("view", name, name in _FIXED or name.startswith("view_"), ("view_1", "view_2", *_FIXED))
 
 
 def _check_word(kind: str, word: str, valid: bool, known: Sequence[str]) -> None:

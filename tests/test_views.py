@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
+from hf_robust import crops as crops_module
 from hf_robust import views as views_module
 from hf_robust.views import ViewParameters, Views, apply_parameters, sample_parameters
 
@@ -197,8 +198,8 @@ def test_accelerator_form_depends_on_no_data():
 
 def test_weights_of_accelerators_survive_tf32():
     parameters = draw(32, (50, 70))
-    weights = views_module._resampling_weights(parameters.left, parameters.width, 70, 32, "bicubic", parameters.flip)
-    parts = views_module._tf32_parts(weights)
+    weights = crops_module._resampling_weights(parameters.left, parameters.width, 70, 32, "bicubic", parameters.flip)
+    parts = crops_module._tf32_parts(weights)
     assert torch.equal(sum(parts), weights)
     for part in parts:
         assert (part.contiguous().view(torch.int32) & 0x1FFF == 0).float().mean() > 0.999  # 10 bits of mantissa
@@ -283,7 +284,7 @@ def test_crop_of_given_numbers():
     draws[0, 2:10] = 0.15 / 0.9
     draws[0, 10:20] = torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     draws[0, 20:] = torch.tensor([0.999, 0.5])
-    assert [int(v) for v in views_module._sample_crops(draws, (32, 32), 0.1)] == [16, 8, 16, 16]
+    assert [int(v) for v in crops_module.sample_crops(draws, (32, 32), 0.1)] == [16, 8, 16, 16]
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
@@ -434,7 +435,10 @@ def test_images_of_the_wrong_kind():
 
 def test_unknown_names():
     images = make_images(2, 32, 32)
-    with pytest.raises(ValueError, match=r"unknown view 'orignal': known are view_1, view_2, original; .*'original'"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown view 'orignal': known are view_1, view_2, original, padded_crop, resized_crop; .*'original'",
+    ):
         Views(32)(images, ["view_1", "orignal"])
     with pytest.raises(ValueError, match=r"got the string 'view_1': write \['view_1'\]"):
         Views(32)(images, "view_1")

@@ -39,6 +39,7 @@ def tiny_model(objective: Objective, seed: int = 0, **config: Any) -> RobustMode
         "model_args": {"channels": [8, 8, 8, 8], "stem_stride": 2},
         "image_size": 8,
         "norm_branches": objective.norm_branches,
+        **({"head": "classifier", "num_classes": 3} if objective.needs_labels else {}),
     }
     return RobustModelForPreTraining(RobustPretrainingConfig(**{**values, **config}))
 

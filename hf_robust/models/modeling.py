@@ -1,10 +1,10 @@
-"""The pre-training model: any timm backbone with named norm branches, plus the projector of contrastive learning."""
+"""The pre-training model: any timm backbone with named norm branches, plus a projector or a linear classifier."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -25,14 +25,19 @@ class RobustPretrainingConfig(PreTrainedConfig):
         image_size (`int`): Side of the training images in pixels. Defaults to 32.
         norm_branches (`Sequence[str]`): Names of the norm branches. Defaults to ``("clean", "adv")``; a single name
             leaves the norm layers plain.
-        projector_layers (`int`): 2 or 3. Defaults to 3, as released for the CIFAR and STL networks.
+        head (`str`): What stands on the features: `"projector"` (contrastive methods, the default) or `"classifier"`,
+            one linear layer for supervised ones.
+        num_classes (`int`, *optional*): Outputs of the classifier, at least 2; left out with a projector.
+        projector_layers (`int`): 2 or 3. Defaults to 3, as released for the CIFAR and STL networks. Without effect
+            for a classifier, as is `projector_dim`.
         projector_dim (`int`, *optional*): Width of the embedding. The backbone's feature width by default.
         mean (`Sequence[float]`, *optional*): Subtracted from the pixels per channel. ImageNet's by default, as
             released for every ResNet-18; `None` (with `std=None`) for no normalisation.
         std (`Sequence[float]`, *optional*): Divides the pixels per channel.
 
     Raises:
-        ValueError: For an impossible set of branches, a projector of another depth, or a mean without std.
+        ValueError: For an impossible set of branches, an unknown head, a classifier without number of classes (or a
+            projector with one), a projector of another depth, or a mean without std.
     """
 
     model_type = "hf_robust_pretraining"
@@ -41,6 +46,8 @@ class RobustPretrainingConfig(PreTrainedConfig):
     model_args: dict[str, Any] | None = None
     image_size: int = 32
     norm_branches: Sequence[str] = ("clean", "adv")
+    head: Literal["projector", "classifier"] = "projector"
+    num_classes: int | None = None
     projector_layers: int = 3
     projector_dim: int | None = None
     mean: Sequence[float] | None = (0.485, 0.456, 0.406)
@@ -49,6 +56,7 @@ class RobustPretrainingConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.model_args = dict(self.model_args or {})
         self.norm_branches = BranchSwitch(self.norm_branches).branches
+        _check_head(self.head, self.num_classes)
         if self.projector_layers not in (2, 3):
             raise ValueError(f"projector_layers must be 2 or 3, got {self.projector_layers!r}: the papers use 3")
         if (self.mean is None) != (self.std is None):
@@ -62,6 +70,24 @@ class RobustPretrainingConfig(PreTrainedConfig):
         if self.std is not None and not all(v > 0 for v in self.std):
             raise ValueError(f"std must be positive, got {self.std!r}: it divides the pixels")
         super().__post_init__(**kwargs)
+
+
+def _check_head(head: str, num_classes: int | None) -> None:
+    if head not in ("projector", "classifier"):
+        raise ValueError(
+            f"head must be 'projector' or 'classifier', got {head!r}: contrastive methods train a projector, "
+            "supervised ones a classifier"
+        )
+    if head == "projector" and num_classes is not None:
+        raise ValueError(
+            f"a projector has no classes, got num_classes={num_classes!r}: write head='classifier', or leave "
+            "num_classes out and set projector_dim"
+        )
+    if head == "classifier" and (num_classes is None or num_classes < 2):
+        raise ValueError(
+            f"a classifier needs at least 2 classes, got num_classes={num_classes!r}: pass the num_classes of the "
+            "labelled data set, e.g. num_classes=10 for CIFAR-10"
+        )
 
 
 class InputNormalization(nn.Module):
@@ -119,19 +145,20 @@ class Projector(nn.Sequential):
 
 
 class RobustModelForPreTraining(PreTrainedModel):
-    """A timm backbone and a projector whose norm layers have one branch per kind of input.
+    """A timm backbone and a head, whose norm layers have one branch per kind of input.
 
     All methods take images in [0, 1]: the normalisation is the first layer of the network, so that attack budgets are
     in pixels. Weights of a fresh model are timm's own initialisation.
 
     Args:
-        config ([`RobustPretrainingConfig`]): Architecture, branches, projector, normalisation.
+        config ([`RobustPretrainingConfig`]): Architecture, branches, head, normalisation.
 
     Attributes:
         switch ([`~hf_robust.models.norm.BranchSwitch`]): Chooses the branch; the methods below set it themselves.
         normalize (`nn.Module`): First layer of `features`.
         backbone (`nn.Module`): timm model without classifier.
-        projector (`nn.Module`): Head of the contrastive loss.
+        projector (`nn.Module`): Head of the contrastive loss; with `head="projector"` only.
+        classifier (`nn.Linear`): Head of the cross-entropy; with `head="classifier"` only.
         num_features (`int`): Width of `features`.
 
     Raises:
@@ -156,12 +183,24 @@ class RobustModelForPreTraining(PreTrainedModel):
         self.num_features: int = int(
             cast(Any, getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features)
         )
-        self.projector = Projector(
-            self.num_features, config.projector_dim or self.num_features, config.projector_layers
-        )
         add_norm_branches(self.backbone, switch=self.switch)
-        add_norm_branches(self.projector, switch=self.switch)
+        if config.head == "classifier":
+            self.classifier = nn.Linear(self.num_features, cast(int, config.num_classes))
+        else:
+            self.projector = Projector(
+                self.num_features, config.projector_dim or self.num_features, config.projector_layers
+            )
+            add_norm_branches(self.projector, switch=self.switch)
         self.post_init()
+
+    @property
+    def head_module(self) -> nn.Module:
+        """What stands on the features, by whichever name it is saved.
+
+        Returns:
+            `nn.Module`: The projector or the classifier.
+        """
+        return self.classifier if self.config.head == "classifier" else self.projector
 
     @property
     def default_branch(self) -> str:
@@ -173,7 +212,7 @@ class RobustModelForPreTraining(PreTrainedModel):
         return "adv" if "adv" in self.switch.branches else self.switch.branches[0]
 
     def features(self, x: torch.Tensor, branch: str) -> torch.Tensor:
-        """Pooled features before the projector.
+        """Pooled features before the head.
 
         Args:
             x (`torch.Tensor`): Images `(N, 3, H, W)` in [0, 1].
@@ -188,24 +227,39 @@ class RobustModelForPreTraining(PreTrainedModel):
         with use_branch(self.switch, branch):
             return self.backbone(self.normalize(x))
 
+    def head(self, features: torch.Tensor, branch: str) -> torch.Tensor:
+        """Output of the head: an embedding, not normalised to unit length, or class logits.
+
+        Args:
+            features (`torch.Tensor`): Pooled features `(N, num_features)` of [`features`].
+            branch (`str`): Norm branch to use.
+
+        Returns:
+            `torch.Tensor`: `(N, P)`; P is `projector_dim`, or `num_classes` of a classifier.
+
+        Raises:
+            ValueError: For an unknown branch; the message lists the known ones.
+        """
+        with use_branch(self.switch, branch):
+            return self.head_module(features)
+
     def embed(self, x: torch.Tensor, branch: str) -> torch.Tensor:
-        """Projector output, not normalised to unit length.
+        """Output of the head for images: `head(features(x, branch), branch)`.
 
         Args:
             x (`torch.Tensor`): Images `(N, 3, H, W)` in [0, 1].
             branch (`str`): Norm branch to use.
 
         Returns:
-            `torch.Tensor`: `(N, projector_dim)`.
+            `torch.Tensor`: `(N, P)`; P is `projector_dim`, or `num_classes` of a classifier.
 
         Raises:
             ValueError: For an unknown branch; the message lists the known ones.
         """
-        with use_branch(self.switch, branch):
-            return self.projector(self.backbone(self.normalize(x)))
+        return self.head(self.features(x, branch), branch)
 
     def forward(self, passes: Sequence[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """Embeddings of several batches, each through its own branch, in one call.
+        """Head outputs of several batches, each through its own branch, in one call.
 
         A distributed wrapper sees a single forward per step and so reduces every gradient once.
 
@@ -214,7 +268,7 @@ class RobustModelForPreTraining(PreTrainedModel):
                 run in this order.
 
         Returns:
-            `list[torch.Tensor]`: One `(N_i, projector_dim)` per pass.
+            `list[torch.Tensor]`: One `(N_i, P)` per pass, see [`embed`].
 
         Raises:
             ValueError: For an unknown branch; the message lists the known ones.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -109,9 +109,35 @@ class ACL(Objective):
         """Train-mode embeddings of each `(branch, images)`; one call of the wrapped model."""
         return model(passes)
 
+    def candidate_passes(
+        self, model: nn.Module, batch: dict[str, Tensor], context: StepContext
+    ) -> list[tuple[str, Tensor]]:
+        """Mode ds: `adv` and `clean`, both views stacked; the other modes pass what they train on; see `Objective`.
+
+        The candidate is attacked through the trained network alone, also where a momentum encoder exists (released
+        `RCS.py`). Inside `losses.ungathered` the attack, too, sees the images of this process only.
+        """
+        if self.mode == "a2s":
+            return [("adv", self._attack_first_views(model, batch, context)), ("clean", batch["view_2"])]
+        x = torch.cat([batch["view_1"], batch["view_2"]])
+        x_adv = context.attack(self.pair_loss(*self.attacked(model, replace(context, teacher=None))), x)
+        return [("adv", x_adv)] if self.mode == "a2a" else [("adv", x_adv), ("clean", x)]
+
+    def candidate_losses(self, outputs: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """NT-Xent of every image; the two streams of mode ds count 1/2 each at any progress; see `Objective`."""
+        pairs = [outputs] if self.mode == "a2s" else [z.chunk(2) for z in outputs]
+        losses = [nt_xent(z_i, z_j, self.temperature, reduction="none") for z_i, z_j in pairs]
+        return torch.stack(losses).mean(0)
+
     def _adversarial_to_standard(
         self, model: nn.Module, batch: dict[str, Tensor], context: StepContext
     ) -> dict[str, Tensor]:
+        view_adv = self._attack_first_views(model, batch, context)
+        z_adv, z = model([("adv", view_adv), ("clean", batch["view_2"])])
+        return {"adversarial": nt_xent(gather(z_adv), gather(z), self.temperature)}
+
+    def _attack_first_views(self, model: nn.Module, batch: dict[str, Tensor], context: StepContext) -> Tensor:
+        """Mode a2s: first views, attacked to raise their contrast with the clean second views."""
         module = unwrapped(model)
         targets: list[Tensor] = []
 
@@ -121,6 +147,4 @@ class ACL(Objective):
                     targets.append(module.embed(batch["view_2"], "clean"))
             return nt_xent(gather(module.embed(images, "adv")), gather(targets[0]), self.temperature)
 
-        view_adv = context.attack(loss, batch["view_1"])
-        z_adv, z = model([("adv", view_adv), ("clean", batch["view_2"])])
-        return {"adversarial": nt_xent(gather(z_adv), gather(z), self.temperature)}
+        return context.attack(loss, batch["view_1"])

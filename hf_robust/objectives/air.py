@@ -31,7 +31,6 @@ class AIR(Objective):
         contrastive loss over anchors where the code averages, which would make the regularisers 2N times lighter).
     """
 
-    views: ClassVar[tuple[str, ...]] = ("view_1", "view_2", "original")
     citation: ClassVar[str] = """@inproceedings{xu2023air,
   title     = {Enhancing Adversarial Contrastive Learning via Adversarial Invariant Regularization},
   author    = {Xu, Xilie and Zhang, Jingfeng and Liu, Feng and Sugiyama, Masashi and Kankanhalli, Mohan},
@@ -60,6 +59,11 @@ class AIR(Objective):
                 raise ValueError(f"{name} must be 0 or more, got {value}: published is 0.5")
 
     @property
+    def views(self) -> tuple[str, ...]:
+        """Two random views and the un-augmented image."""
+        return ("view_1", "view_2", "original")
+
+    @property
     def title(self) -> str:
         """`ACL-AIR` or `DynACL-AIR`."""
         return f"{self.base.title}-AIR"
@@ -84,3 +88,13 @@ class AIR(Objective):
             "standard_invariance": self.lambda1 * standard,
             "robust_invariance": self.lambda2 * robust,
         }
+
+    def candidate_passes(
+        self, model: nn.Module, batch: dict[str, Tensor], context: StepContext
+    ) -> list[tuple[str, Tensor]]:
+        """Those of the base: coreset selection scores the contrastive loss alone; see `Objective`."""
+        return self.base.candidate_passes(model, batch, context)
+
+    def candidate_losses(self, outputs: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Those of the base; see `Objective`."""
+        return self.base.candidate_losses(outputs, batch)

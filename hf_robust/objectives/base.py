@@ -37,20 +37,27 @@ class StepContext:
 class Objective:
     """Base class of all methods: a dataclass whose fields are its hyper-parameters, flags and card entry.
 
-    It owns no parameters and keeps no model. Class attributes declare what it needs:
+    It owns no parameters and keeps no model. Attributes declare what it needs:
 
-    - `views`: keys of the batch it reads (`"view_1"`, `"view_2"`, `"original"`);
+    - `views`: keys of the batch it reads, names that `hf_robust.views.Views` makes (`"view_1"`, `"view_2"`,
+      `"original"`, `"padded_crop"`, `"resized_crop"`);
     - `norm_branches`: normalisation branches it runs images through; must equal the encoder's;
     - `trains`: `"all"` or `"classifier"`;
+    - `needs_labels`: whether the batch holds `label`, int64 `(N,)`; supervised methods only;
     - `attack_in_eval_mode`: whether the attack sees the network in evaluation mode;
     - `teacher_kind`: `None` or `"ema"` (the trainer builds, updates, saves and exports it);
     - `citation`: BibTeX of the method, for the model card.
     """
 
-    views: ClassVar[tuple[str, ...]] = ("view_1", "view_2")
     trains: ClassVar[str] = "all"
+    needs_labels: ClassVar[bool] = False
     attack_in_eval_mode: ClassVar[bool] = True
     citation: ClassVar[str] = ""
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Views this configuration reads from the batch: two random ones by default."""
+        return ("view_1", "view_2")
 
     @property
     def norm_branches(self) -> tuple[str, ...]:
@@ -89,6 +96,39 @@ class Objective:
 
         Returns:
             `dict[str, torch.Tensor]`: named scalars whose sum is the loss.
+        """
+        raise NotImplementedError
+
+    def candidate_passes(
+        self, model: nn.Module, batch: dict[str, Tensor], context: StepContext
+    ) -> list[tuple[str, Tensor]]:
+        """Attack one candidate minibatch of coreset selection and say which images pass which branch.
+
+        Args:
+            model (`nn.Module`): the unwrapped model, frozen and in evaluation mode.
+            batch (`dict[str, torch.Tensor]`): as in `__call__`.
+            context (`StepContext`): the attack that scores candidates.
+
+        Returns:
+            `list[tuple[str, torch.Tensor]]`: branch and images `(M, 3, H, W)` in [0, 1], for `candidate_losses`.
+
+        Raises:
+            NotImplementedError: the method has no loss by which a coreset could be chosen.
+        """
+        raise NotImplementedError(
+            f"{self.title} has no loss by which images could be chosen: use --coreset random, or train ACL, DynACL, "
+            "AIR or SAT"
+        )
+
+    def candidate_losses(self, outputs: list[Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Loss of every image of a candidate minibatch, un-weighted and not gathered over processes.
+
+        Args:
+            outputs (`list[torch.Tensor]`): head outputs `(M, P)` of each pass of `candidate_passes`.
+            batch (`dict[str, torch.Tensor]`): as in `__call__`.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`: their mean is the loss of the minibatch.
         """
         raise NotImplementedError
 

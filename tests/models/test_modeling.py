@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -149,6 +150,66 @@ def test_save_and_load_are_bit_exact_in_every_branch(tmp_path, kwargs):
             assert torch.allclose(loaded.embed(x, branch), model.embed(x, branch), atol=1e-6)
 
 
+# ---------------------------------------------------------------------- classifier
+def test_a_classifier_stands_on_the_features_in_place_of_a_projector():
+    model, x = build(head="classifier", num_classes=3, norm_branches=("adv",)).eval(), images()
+    assert isinstance(model.classifier, nn.Linear) and model.head_module is model.classifier
+    assert not hasattr(model, "projector") and not any(n.startswith("projector") for n in model.state_dict())
+    assert model.classifier.weight.shape == (3, model.num_features)
+    with torch.no_grad():
+        logits = F.linear(model.features(x, "adv"), model.classifier.weight, model.classifier.bias)
+        for found in (model.embed(x, "adv"), model([("adv", x)])[0], model.head(model.features(x, "adv"), "adv")):
+            assert torch.equal(found, logits)
+    with pytest.raises(ValueError, match="unknown norm branch 'clean'"):
+        model.head(torch.zeros(1, model.num_features), "clean")
+
+
+def test_released_size_of_the_wide_resnet_with_1000_classes():
+    with torch.device("meta"):
+        model = RobustModelForPreTraining(
+            RobustPretrainingConfig(
+                architecture="wide_resnet28_10", norm_branches=("adv",), head="classifier", num_classes=1000
+            )
+        )
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(37.11e6, abs=5e3)
+
+
+def test_the_head_runs_in_the_branch_it_is_told():
+    model, x = build(), images()
+    with torch.no_grad():
+        model([("adv", x), ("clean", x * 0.5)])
+        model.eval()
+        assert model.head_module is model.projector
+        h = model.features(x, "clean")
+        for branch in ("clean", "adv"):
+            assert torch.equal(model.head(model.features(x, branch), branch), model.embed(x, branch))
+        assert not torch.allclose(model.head(h, "clean"), model.head(h, "adv"))
+
+
+def test_a_classifier_survives_save_and_load(tmp_path):
+    model, x = build(head="classifier", num_classes=5).eval(), images()
+    model.save_pretrained(tmp_path)
+    loaded, info = RobustModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (loaded.config.head, loaded.config.num_classes) == ("classifier", 5)
+    assert equal(loaded.state_dict(), model.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(loaded.embed(x, "adv"), model.embed(x, "adv"), atol=1e-6)
+
+
+def test_a_checkpoint_from_before_the_classifier_loads_as_a_projector(tmp_path):
+    model = build().eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("head", "num_classes"):
+        config.pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, info = RobustModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.config.head == "projector" and loaded.config.num_classes is None
+    assert equal(loaded.state_dict(), model.state_dict())
+
+
 def test_auto_classes_know_the_training_model(tmp_path):
     build().save_pretrained(tmp_path)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), RobustPretrainingConfig)
@@ -186,6 +247,10 @@ def test_features_wider_than_num_features_of_timm():
         ({"mean": None}, "mean and std go together"),
         ({"std": (0.2, 0.0, 0.2)}, "std must be positive"),
         ({"norm_branches": ("adv", "adv")}, "different identifiers"),
+        ({"head": "linear"}, "head must be 'projector' or 'classifier', got 'linear'"),
+        ({"head": "classifier"}, "needs at least 2 classes, got num_classes=None: pass the num_classes"),
+        ({"head": "classifier", "num_classes": 1}, "needs at least 2 classes, got num_classes=1"),
+        ({"num_classes": 10}, "a projector has no classes, got num_classes=10: write head='classifier'"),
     ],
 )
 def test_impossible_configurations_are_refused(kwargs, message):

@@ -65,9 +65,15 @@ def cosine(u: np.ndarray, v: np.ndarray) -> float:
 
 def slow_nt_xent(z_i: np.ndarray, z_j: np.ndarray, temperature: float = 0.5) -> float:
     """Mean over 2N anchors of -log(e^(c with the partner / t) / sum over all others of e^(c / t))."""
+    return sum(slow_nt_xent_per_image(z_i, z_j, temperature)) / len(z_i)
+
+
+def slow_nt_xent_per_image(z_i: np.ndarray, z_j: np.ndarray, temperature: float = 0.5) -> list[float]:
+    """The same for every image: the mean over its two anchors."""
     z, n = np.concatenate([z_i, z_j]), len(z_i)
-    total = 0.0
+    anchors = []
     for row in range(2 * n):
         others = [math.exp(cosine(z[row], z[k]) / temperature) for k in range(2 * n) if k != row]
-        total -= math.log(math.exp(cosine(z[row], z[(row + n) % (2 * n)]) / temperature) / sum(others))
-    return total / (2 * n)
+        partner = math.exp(cosine(z[row], z[(row + n) % (2 * n)]) / temperature)
+        anchors.append(-math.log(partner / sum(others)))
+    return [(first + second) / 2 for first, second in zip(anchors[:n], anchors[n:], strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear_model import LinearModel, N, Nudge, random_views, slow_nt_xent
+from linear_model import LinearModel, N, Nudge, random_views, slow_nt_xent, slow_nt_xent_per_image
 
 from hf_robust.objectives.acl import ACL
 from hf_robust.objectives.base import StepContext
@@ -74,6 +74,46 @@ def test_adversarial_to_standard_attacks_view_1_and_contrasts_it_with_the_clean_
     before = len(model.embedded)
     loss(probe)
     assert model.embedded[before:] == [("adv", N)]  # the clean partner is encoded once, not in every attack step
+
+
+# ---------------------------------------------------------------------- candidates of a coreset
+def candidate(objective, progress=0.0, teacher=None):
+    model, views, attack = LinearModel(), random_views(), Nudge()
+    passes = objective.candidate_passes(model, views, StepContext(attack, progress, teacher))
+    losses = objective.candidate_losses([model.embed(images, branch) for branch, images in passes], views)
+    return model, views, attack, passes, losses
+
+
+@pytest.mark.parametrize("mode", ["ds", "a2a"])
+def test_candidates_of_two_views_are_scored_per_image(mode):
+    model, views, attack, passes, losses = candidate(ACL(0.2, mode))
+    x = both(views)
+    assert [branch for branch, _ in passes] == ["adv", "clean"][: len(passes)]
+    assert len(passes) == (2 if mode == "ds" else 1)
+    assert torch.equal(passes[0][1], attack.of(x))
+    assert mode == "a2a" or torch.equal(passes[1][1], x)
+    streams = [
+        slow_nt_xent_per_image(*(model.numpy(part, branch) for part in images.chunk(2)), 0.2)
+        for branch, images in passes
+    ]
+    assert losses.tolist() == pytest.approx(
+        [sum(image) / len(image) for image in zip(*streams, strict=True)], rel=1e-5
+    )
+    ((loss, attacked),) = attack.calls
+    assert torch.equal(attacked, x)
+    expected = slow_nt_xent(*(model.numpy(part, "adv") for part in x.chunk(2)), 0.2)
+    assert loss(x).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_candidates_of_adversarial_to_standard_pair_an_attacked_and_a_clean_view():
+    model, views, attack, passes, losses = candidate(ACL(0.2, "a2s"))
+    x_adv = attack.of(views["view_1"])
+    assert [branch for branch, _ in passes] == ["adv", "clean"]
+    assert torch.equal(passes[0][1], x_adv) and torch.equal(passes[1][1], views["view_2"])
+    expected = slow_nt_xent_per_image(model.numpy(x_adv, "adv"), model.numpy(views["view_2"], "clean"), 0.2)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+    ((_, attacked),) = attack.calls
+    assert torch.equal(attacked, views["view_1"])
 
 
 def test_progress_changes_nothing():

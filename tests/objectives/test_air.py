@@ -97,7 +97,7 @@ class Shifted(ACL):
 def test_total_and_gradients_equal_the_released_code(case):
     model = Replay(case)
     shift, lambda1, lambda2 = (float(GOLDEN[f"{case}/{k}"]) for k in ("weight", "lambda1", "lambda2"))
-    views = {name: torch.rand(len(model.z["zi"]), 3, 2, 2) for name in AIR.views}
+    views = {name: torch.rand(len(model.z["zi"]), 3, 2, 2) for name in AIR().views}
     terms = AIR(Shifted(shift=shift), lambda1, lambda2)(model, views, StepContext(Nudge()))
     loss = torch.stack(list(terms.values())).sum()
     assert loss.item() == pytest.approx(float(GOLDEN[f"{case}/loss"]), abs=1e-4)

@@ -19,6 +19,7 @@ from hf_robust.objectives.acl import ACL
 from hf_robust.objectives.air import AIR
 from hf_robust.objectives.base import StepContext
 from hf_robust.objectives.dynacl import DynACL
+from hf_robust.objectives.sat import SAT
 
 ATTACK = PGD(eps=8 / 255, step_size=4 / 255, steps=2)
 PROGRESS = 0.6
@@ -30,6 +31,7 @@ CONFIGURATIONS = {
     "dynacl_momentum": lambda: DynACL(ema_decay=0.99),
     "air_on_dynacl": lambda: AIR(base=DynACL()),
     "air_paper": lambda: AIR(formulation="paper"),
+    "sat_resized_crop": lambda: SAT(augmentation="resized_crop"),
 }
 # A bias in front of a train-mode norm layer: its gradient is zero up to rounding, whatever the objective.
 CANCELLED = {"projector.fc1.bias"}
@@ -84,13 +86,18 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [name for name in before if not same(before[name], after[name])]
 
 
+def draw_batch(objective: Objective, generator: torch.Generator) -> dict[str, Tensor]:
+    batch = {name: torch.rand(6, 3, 8, 8, generator=generator) for name in objective.views}
+    return {**batch, "label": torch.arange(6) % 3} if objective.needs_labels else batch
+
+
 def take_step(objective: Objective, seed: int = 0, attack_seed: int = 0, **config: Any) -> Step:
     """Call the objective once, as the trainer does."""
     model = tiny_model(objective, **config).train()
     teacher = copy.deepcopy(model).requires_grad_(False).train() if objective.teacher_kind else None
     networks = nn.ModuleList([n for n in (model, teacher) if n is not None])
     generator = torch.Generator().manual_seed(seed)
-    batch = {name: torch.rand(6, 3, 8, 8, generator=generator) for name in objective.views}
+    batch = draw_batch(objective, generator)
     noise = torch.Generator().manual_seed(attack_seed)
     step = Step(model, teacher, Wrapped(model), batch, {}, [], [], [], [])
     if teacher is not None:
@@ -218,10 +225,61 @@ def test_modes_flags_and_buffers_survive_the_attack(objective):
 
 def test_the_batch_is_left_alone(objective):
     step = take_step(objective)
-    generator = torch.Generator().manual_seed(0)
-    assert list(step.batch) == list(objective.views)
-    for name in objective.views:
-        assert torch.equal(step.batch[name], torch.rand(6, 3, 8, 8, generator=generator))
+    fresh = draw_batch(objective, torch.Generator().manual_seed(0))
+    assert list(step.batch) == list(fresh)
+    assert all(torch.equal(step.batch[name], fresh[name]) for name in fresh)
+
+
+# ---------------------------------------------------------------------- candidates of a coreset
+def attack_again(loss_fn: Any, x: Tensor) -> Tensor:
+    return ATTACK(loss_fn, x, generator=torch.Generator().manual_seed(0))
+
+
+def candidate(objective: Objective) -> tuple[Any, dict[str, Tensor], list[tuple[str, Tensor]]]:
+    """Model, batch and passes of one candidate minibatch; only the head has a gradient."""
+    model = tiny_model(objective).eval().requires_grad_(False)
+    batch = draw_batch(objective, torch.Generator().manual_seed(0))
+    nobody = object()  # a momentum encoder would be embedded through, and fails
+    before = state(model)
+    passes = objective.candidate_passes(model, batch, StepContext(attack_again, PROGRESS, nobody))
+    assert changes(before, state(model)) == []
+    model.head_module.requires_grad_(True)
+    return model, batch, passes
+
+
+def test_candidates_are_scored_or_refused(objective):
+    if not is_adversarial(objective):
+        with pytest.raises(NotImplementedError, match=rf"{objective.title} has no loss .*--coreset random"):
+            candidate(objective)
+        return
+    model, batch, passes = candidate(objective)
+    given = rows(list(batch.values()))
+    for branch, images in passes:
+        assert branch in objective.norm_branches and not images.requires_grad
+        assert branch == "adv" or rows([images]) <= given
+    (x_adv,) = (images for branch, images in passes if branch == "adv")
+    x = torch.cat([batch[name] for name in batch if name not in ("label", "original")])[: len(x_adv)]
+    assert bool(((x_adv - x).abs() <= ATTACK.eps + 1e-6).all()) and bool((x_adv != x).any())
+    with torch.no_grad():
+        losses = objective.candidate_losses([model.embed(images, branch) for branch, images in passes], batch)
+    assert losses.shape == (6,) and bool(torch.isfinite(losses).all()) and losses.std() > 0
+
+
+def test_candidate_losses_add_up_to_the_unweighted_loss(objective):
+    """Value and gradient of the head, at a progress where DynACL weights its streams and beside its first step."""
+    if not is_adversarial(objective):
+        pytest.skip("no loss by which images could be chosen")
+    model, batch, passes = candidate(objective)
+    losses = objective.candidate_losses([model.embed(images, branch) for branch, images in passes], batch)
+    whole = getattr(objective, "base", objective)  # AIR leaves its regularisers out
+    loss = sum(whole(model, batch, StepContext(attack_again, progress=0.0)).values())
+    assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+    parameters = list(model.head_module.parameters())
+    parts = [torch.autograd.grad(value, parameters, retain_graph=True) for value in losses]
+    total = torch.autograd.grad(loss, parameters)
+    for k, gradient in enumerate(total):
+        torch.testing.assert_close(sum(part[k] for part in parts) / len(losses), gradient, atol=1e-6, rtol=1e-4)
+    assert all(bool((part[-1] != 0).any()) for part in parts)
 
 
 # ---------------------------------------------------------------------- the object itself
@@ -255,7 +313,8 @@ def test_fields_round_trip_and_explain_themselves(objective):
 
 
 def test_declarations(objective):
-    assert objective.views and set(objective.views) <= {"view_1", "view_2", "original", "label"}
+    assert objective.views and set(objective.views) <= {"view_1", "view_2", "original", "padded_crop", "resized_crop"}
+    assert isinstance(objective.needs_labels, bool)
     assert objective.trains in ("all", "classifier")
     assert objective.teacher_kind in (None, "frozen", "ema")
     assert objective.title and objective.title == objective.title.strip()

@@ -80,6 +80,19 @@ def test_weight_scale_zero_is_acl_under_weaker_augmentation():
     assert DynACL(weight_scale=0.0).strength(0.9) == pytest.approx(0.1)
 
 
+def test_candidates_of_a_coreset_are_scored_without_weights_and_without_the_momentum_encoder():
+    """As the released `RCS.py` does."""
+    for objective, teacher in ((DynACL(), None), (DynACL(ema_decay=0.99), LinearModel(1))):
+        model, views, attack = LinearModel(), random_views(), Nudge()
+        passes = objective.candidate_passes(model, views, StepContext(attack, 0.95, teacher))
+        losses = objective.candidate_losses([model.embed(images, branch) for branch, images in passes], views)
+        streams = [slow_nt_xent(*(model.numpy(x, branch) for x in images.chunk(2))) for branch, images in passes]
+        assert losses.mean().item() == pytest.approx(sum(streams) / 2, rel=1e-5)
+        ((loss, x),) = attack.calls
+        expected = slow_nt_xent(*(model.numpy(part, "adv") for part in x.chunk(2)))
+        assert loss(x).item() == pytest.approx(expected, rel=1e-5)
+
+
 # ---------------------------------------------------------------------- momentum encoder
 def test_second_views_pass_the_teacher_in_loss_and_attack():
     model, teacher, views, attack = LinearModel(0), LinearModel(1), random_views(), Nudge()

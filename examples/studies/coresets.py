@@ -1,0 +1,370 @@
+"""Does choosing images pay? Full data, random subsets and RCS, for ACL and SAT, over seeds; resumable.
+
+    python examples/studies/coresets.py run --dataset_name uoft-cs/cifar10 --output_dir outputs/coreset_study
+    python examples/studies/coresets.py report --output_dir outputs/coreset_study
+
+`run` works through a list of cells (method, fraction, seed), seed by seed, and writes one JSON file per finished cell:
+start it again after a kill and it goes on; start it in a second terminal and both share the list (one core each).
+`report` prints the table (mean and standard deviation over seeds) and draws time against accuracy.
+
+--size cpu (default): 8,192 images, a thin ResNet-10, 12 epochs: about an hour on two undisturbed cores.
+--size published: the whole CIFAR-10 training set, ResNet-18, 1000 epochs, for GPUs.
+
+Times are given in wall seconds and in processor seconds of the process: on a shared machine, compare the latter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from hf_robust.attacks import PGD
+from hf_robust.coresets import RCS, CoresetMethod, FullData, RandomCoreset
+from hf_robust.data import ImageDataset, load_image_dataset
+from hf_robust.evaluation.environment import collect_environment
+from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
+from hf_robust.objectives import Objective, load_objective
+from hf_robust.pretrainer import RobustPretrainer
+from hf_robust.training_args import RobustTrainingArguments
+
+
+@dataclass(frozen=True)
+class Size:
+    """Everything about the study that is not the comparison."""
+
+    images: int | None
+    eval_images: int
+    architecture: str
+    model_args: dict[str, Any]
+    batch_size: int
+    epochs: float
+    warmup_epochs: float  # on full data, before the first selection
+    interval: int
+    validation_fraction: float
+    acl_learning_rate: float
+    sat_learning_rate: float
+    lr_warmup_epochs: float
+    bf16: bool
+
+
+SIZES = {
+    "cpu": Size(
+        images=8192,
+        eval_images=5000,
+        architecture="resnet10_cifar",
+        model_args={"channels": [16, 32, 64, 128], "stem_stride": 2},
+        batch_size=128,
+        epochs=12,
+        warmup_epochs=3,
+        interval=3,
+        validation_fraction=0.02,
+        acl_learning_rate=2.5,
+        sat_learning_rate=0.1,
+        lr_warmup_epochs=0.5,
+        bf16=True,
+    ),
+    "published": Size(
+        images=None,
+        eval_images=10000,
+        architecture="resnet18_cifar",
+        model_args={},
+        batch_size=512,
+        epochs=1000,
+        warmup_epochs=100,
+        interval=20,
+        validation_fraction=0.01,
+        acl_learning_rate=5.0,
+        sat_learning_rate=0.1,
+        lr_warmup_epochs=10,
+        bf16=True,
+    ),
+    "smoke": Size(
+        images=512,
+        eval_images=64,
+        architecture="resnet10_cifar",
+        model_args={"channels": [8, 8, 8, 8], "stem_stride": 2},
+        batch_size=16,
+        epochs=2,
+        warmup_epochs=1,
+        interval=1,
+        validation_fraction=0.1,
+        acl_learning_rate=0.5,
+        sat_learning_rate=0.05,
+        lr_warmup_epochs=0.5,
+        bf16=False,
+    ),
+}
+FRACTIONS = (0.05, 0.1, 0.2)
+# What RCS is varied by, at fraction 0.1: which of its parts matter.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rcs": {},
+    "rcs_sample": {"candidates": "sample"},
+    "rcs_released": {"variant": "released", "distance": "kl_minmax"},
+    "rcs_cheap": {"attack_steps": 1, "reattack": False},
+    "rcs_val10": {"validation_fraction": 0.1},
+}
+COLORS = {"full": "black", "random_fixed": "tab:gray", "random_refresh": "tab:blue", "rcs": "tab:red"}
+PLOTTED = {"full": "full data", "random_fixed": "Random, fixed", "random_refresh": "Random, refreshed", "rcs": "RCS"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of the study."""
+
+    objective: str
+    method: str
+    fraction: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Also its file name."""
+        return f"{self.objective}-{self.method}-{self.fraction:g}-seed{self.seed}"
+
+    def coreset(self, size: Size) -> CoresetMethod:
+        """The method that chooses images; all choose from the same pool."""
+        if self.method == "full":
+            return FullData()
+        schedule: dict[str, Any] = {
+            "fraction": self.fraction,
+            "warmup_epochs": size.warmup_epochs,
+            "interval": size.interval,
+            "validation_fraction": size.validation_fraction,
+        }
+        if self.method.startswith("random"):
+            return RandomCoreset(**schedule, refresh=self.method == "random_refresh")
+        return RCS(**{**schedule, **VARIANTS[self.method]})
+
+
+def cells(seeds: int) -> Iterator[Cell]:
+    """The whole list, the main comparison first, seed by seed; then what explains it."""
+    chosen = ("random_fixed", "random_refresh", "rcs")
+    for seed in range(1, seeds + 1):
+        yield Cell("acl", "full", 1.0, seed)
+        for fraction in (0.1, 0.05, 0.2):
+            yield from (Cell("acl", method, fraction, seed) for method in chosen)
+        yield Cell("sat", "full", 1.0, seed)
+        yield from (Cell("sat", method, 0.1, seed) for method in chosen)
+    for seed in range(1, seeds + 1):
+        yield from (Cell("acl", method, 0.1, seed) for method in VARIANTS if method != "rcs")
+
+
+class Timed(RobustPretrainer):
+    """Counts processor time of selections apart."""
+
+    selection_cpu_seconds = 0.0
+
+    def _select_coreset(self, round: int) -> None:
+        started = time.process_time()
+        super()._select_coreset(round)
+        self.selection_cpu_seconds += time.process_time() - started
+
+
+def build(cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDataset, folder: Path) -> Timed:
+    """The trainer of a cell."""
+    objective: Objective = load_objective(cell.objective)()
+    supervised = objective.needs_labels
+    set_seed(cell.seed)
+    config = RobustPretrainingConfig(
+        architecture=size.architecture,
+        model_args=size.model_args,
+        image_size=32,
+        norm_branches=objective.norm_branches,
+        head="classifier" if supervised else "projector",
+        num_classes=train.num_classes if supervised else None,
+    )
+    args = RobustTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=size.epochs,
+        per_device_train_batch_size=size.batch_size,
+        optimizer="sgd" if supervised else "lars",
+        learning_rate=size.sat_learning_rate if supervised else size.acl_learning_rate,
+        weight_decay=5e-4 if supervised else 1e-6,
+        warmup_epochs=0 if supervised else size.lr_warmup_epochs,
+        bf16=size.bf16,
+        channels_last=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=cell.seed,
+    )
+    return Timed(
+        RobustModelForPreTraining(config),
+        args,
+        objective,
+        PGD(steps=5),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        coreset=cell.coreset(size),
+    )
+
+
+def run_cell(cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDataset, folder: Path) -> dict[str, Any]:
+    """Train, probe and say what it took."""
+    work = folder / "runs" / cell.name
+    shutil.rmtree(work, ignore_errors=True)
+    trainer = build(cell, size, train, evaluation, work)
+    started, cpu = time.monotonic(), time.process_time()
+    trainer.train()
+    seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+    probe = trainer.probe(n_eval=min(size.eval_images, len(evaluation)), progress=False)
+    overlaps = [e["coreset_overlap"] for e in trainer.state.log_history if "coreset_overlap" in e]
+    return {
+        **dataclasses.asdict(cell),
+        **probe.to_dict(),
+        "n_eval": probe.n_eval,
+        "coreset": repr(trainer.phases.method),
+        "images_per_round": trainer.phases.rounds.length,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "selection_seconds": trainer.selection_seconds,
+        "cpu_seconds": cpu,
+        "selection_cpu_seconds": trainer.selection_cpu_seconds,
+        "overlap": statistics.mean(overlaps) if overlaps else None,
+    }
+
+
+def run(options: argparse.Namespace) -> None:
+    """Work through the cells that no file and no other process has."""
+    torch.set_num_threads(options.threads)
+    size, folder = SIZES[options.size], Path(options.output_dir)
+    results = folder / "cells"
+    results.mkdir(parents=True, exist_ok=True)
+    environment = collect_environment()
+    columns = {"image_size": 32, "label_column": options.label_column, "image_column": options.image_column}
+    train = load_image_dataset(options.dataset_name, "train", max_examples=size.images, **columns)
+    evaluation = load_image_dataset(options.dataset_name, "test", **columns)
+    for cell in cells(options.seeds):
+        path, lock = results / f"{cell.name}.json", results / f"{cell.name}.lock"
+        if path.exists() or (options.only and options.only not in cell.name) or not _claim(lock):
+            continue
+        print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
+        found = run_cell(cell, size, train, evaluation, folder)
+        record = {**found, "size": dataclasses.asdict(size), "environment": environment}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1, default=str))
+        os.replace(temporary, path)
+        lock.unlink()
+    print("no cell is left for this process")
+
+
+def _claim(lock: Path) -> bool:
+    """Take a cell, unless a living process has it."""
+    try:
+        with open(lock, "x") as file:
+            file.write(str(os.getpid()))
+        return True
+    except FileExistsError:
+        pass
+    try:
+        os.kill(int(lock.read_text()), 0)
+    except (OSError, ValueError):  # its process was killed
+        lock.write_text(str(os.getpid()))
+        return True
+    return False
+
+
+def load_cells(folder: Path) -> dict[tuple[str, str, float], list[dict[str, Any]]]:
+    """Finished cells, grouped over seeds."""
+    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for path in sorted((folder / "cells").glob("*.json")):
+        record = json.loads(path.read_text())
+        groups.setdefault((record["objective"], record["method"], record["fraction"]), []).append(record)
+    if not groups:
+        sys.exit(f"error: no finished cell in {folder / 'cells'}: start with `run`")
+    return groups
+
+
+def mean_and_spread(group: list[dict[str, Any]], key: str, scale: float = 1.0, digits: int = 1) -> str:
+    """Mean and sample standard deviation over seeds."""
+    values = [record[key] * scale for record in group]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def report(options: argparse.Namespace) -> None:
+    """Print the table and draw the picture."""
+    folder = Path(options.output_dir)
+    groups = load_cells(folder)
+    robust = next(k for k in next(iter(groups.values()))[0] if k.startswith("pgd20_"))
+    print(
+        "| trains | images | share | seeds | standard, % | PGD-20, % | training, CPU s | selection, CPU s | speed-up |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for (objective, method, fraction), group in sorted(groups.items()):
+        training = statistics.mean(r["cpu_seconds"] - r["selection_cpu_seconds"] for r in group)
+        selection = statistics.mean(r["selection_cpu_seconds"] for r in group)
+        full = groups.get((objective, "full", 1.0))
+        speed = statistics.mean(r["cpu_seconds"] for r in full) / (training + selection) if full else float("nan")
+        print(
+            f"| {objective.upper()} | {method} | {fraction:g} | {len(group)} "
+            f"| {mean_and_spread(group, 'standard_accuracy', 100)} | {mean_and_spread(group, robust, 100)} "
+            f"| {training:.0f} | {selection:.0f} | {speed:.2f} x |"
+        )
+    for objective in sorted({key[0] for key in groups}):
+        path = folder / f"time_against_accuracy_{objective}.png"
+        plot({k[1:]: g for k, g in groups.items() if k[0] == objective}, robust, objective.upper(), path)
+        print(f"Picture: {path}")
+
+
+def plot(groups: dict[tuple[str, float], list[dict[str, Any]]], robust: str, title: str, path: Path) -> None:
+    """Time of the training against accuracy, one line per method, one point per fraction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    labels = {robust: "PGD-20 accuracy of the linear probe, %", "standard_accuracy": "standard accuracy, %"}
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        for method, name in PLOTTED.items():
+            points = sorted((fraction, group) for (m, fraction), group in groups.items() if m == method)
+            if not points:
+                continue
+            x = [statistics.mean(r["cpu_seconds"] for r in g) for _, g in points]
+            y = [100 * statistics.mean(r[key] for r in g) for _, g in points]
+            spread = [100 * statistics.stdev(r[key] for r in g) if len(g) > 1 else 0.0 for _, g in points]
+            axis.errorbar(x, y, spread, marker="o", capsize=3, label=name, color=COLORS[method])
+            for (fraction, _), a, b in zip(points, x, y, strict=True):
+                axis.annotate(f"{fraction:g}", (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        axis.set_xlabel("training and selection, processor seconds")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    seeds = max(len(g) for g in groups.values())
+    figure.suptitle(f"{title}: time against accuracy; mean and standard deviation over {seeds} seeds")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="Labelled set with splits train and test.")
+    parser.add_argument("--image_column", help="Found by type when unset.")
+    parser.add_argument("--label_column", help="Found by type when unset.")
+    parser.add_argument("--output_dir", default="outputs/coreset_study", help="Folder of the study.")
+    parser.add_argument("--size", choices=sorted(SIZES), default="cpu", help="How large: see above.")
+    parser.add_argument("--seeds", type=int, default=3, help="Seeds 1 to this.")
+    parser.add_argument("--only", help="Run only cells whose name contains this, e.g. acl-rcs-0.1.")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of this process.")
+    options = parser.parse_args(argv)
+    {"run": run, "report": report}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What a candidate is, a minibatch or a single image, and what taking it would gain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_robust.attacks import PGD, LossFn
+from hf_robust.data import collate_images
+from hf_robust.objectives.base import StepContext
+
+from .base import SelectionTask
+from .head import Head, Outputs
+from .validation import ValidationDistance
+
+__all__ = ["Candidates", "Minibatches", "Samples", "Scorer", "minibatches"]
+
+
+def minibatches(order: Tensor, size: int) -> list[Tensor]:
+    """Cut a shuffled pool into minibatches; the last, short one is a candidate like any other.
+
+    Args:
+        order (`torch.Tensor` of shape `(n,)`): positions.
+        size (`int`): images of a minibatch.
+
+    Returns:
+        `list[torch.Tensor]`: a rest of one image joins the minibatch before it, as it has nothing to contrast with.
+    """
+    parts = list(order.split(size))
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A candidate minibatch after the attack: features of each pass, and the loss of every image given the head."""
+
+    batch: dict[str, Tensor]
+    features: list[tuple[str, Tensor]]
+    losses: Callable[[Outputs], Tensor]
+
+
+class Scorer:
+    """Draws the views of a minibatch, attacks them and keeps the features; seeded by the number of the minibatch.
+
+    Args:
+        task ([`SelectionTask`]): model, images, objective.
+        attack_steps (`int`, *optional*): steps of the attack, of the same total length as in training; default: those
+            of training.
+
+    Source: released RCS code, `ACL_RCS.py`: fresh augmentations, the training loss un-weighted, evaluation mode;
+        step size (2/255) 5/T.
+    """
+
+    def __init__(self, task: SelectionTask, attack_steps: int | None) -> None:
+        self._task, attack = task, task.attack
+        if attack_steps is not None and attack_steps != attack.steps:
+            size = min(1.0, attack.step_size * attack.steps / max(1, attack_steps))
+            attack = replace(attack, step_size=size, steps=attack_steps)
+        self._attack = attack
+
+    def __call__(self, rows: Tensor, number: int) -> Scored:
+        """Score one minibatch.
+
+        Args:
+            rows (`torch.Tensor` of shape `(N,)`): positions in the training set.
+            number (`int`): of the minibatch in this selection.
+
+        Returns:
+            `Scored`: features in float32, without a graph.
+        """
+        task = self._task
+        generator = task.generator(f"candidate {number}")
+        items = collate_images([task.dataset[int(k)] for k in rows])
+        batch = task.views({k: v.to(task.device) for k, v in items.items()}, generator)
+        context = StepContext(self._bound(self._attack, generator), task.progress, None, task.autocast)
+        passes = task.objective.candidate_passes(task.model, batch, context)
+        with torch.no_grad():
+            features = [(branch, task.model.features(x, branch).float()) for branch, x in passes]
+        kept = {k: v for k, v in batch.items() if k == "label"}  # the images have done their part
+
+        def losses(outputs: Outputs) -> Tensor:
+            return task.objective.candidate_losses([outputs(branch, f) for branch, f in features], kept)
+
+        return Scored(kept, features, losses)
+
+    def _bound(self, attack: PGD, generator: torch.Generator) -> Callable[[LossFn, Tensor], Tensor]:
+        def bound(loss_fn: LossFn, x: Tensor) -> Tensor:
+            def loss(images: Tensor) -> Tensor:
+                with self._task.autocast():
+                    return loss_fn(images)
+
+            return attack(loss, x, generator=generator)
+
+        return bound
+
+
+class Candidates:
+    """Candidates of one chunk: their gains against the validation gradient, and the step that taking them means.
+
+    Args:
+        rows (`Sequence[torch.Tensor]`): positions of every minibatch of the chunk.
+        first (`int`): number of the first minibatch in this selection.
+        scorer ([`Scorer`]): attacks minibatches.
+        head ([`Head`]): whose gradients are compared.
+        validation ([`ValidationDistance`]): the other side.
+        step_size (`float`): eta' of the step after a pick.
+        signature (`Callable`, *optional*): turns gradients `(K, length)` into what is compared.
+        tick (`Callable[[], None]`): called after every minibatch.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Tensor],
+        first: int,
+        scorer: Scorer,
+        head: Head,
+        validation: ValidationDistance,
+        step_size: float,
+        signature: Callable[[Tensor], Tensor] | None = None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._head, self._validation, self._size = head, validation, step_size
+        self._signature = signature if signature is not None else lambda gradients: gradients
+        self._weights = head.weights  # theta', moves; candidates are compared at theta
+        self._rows = list(rows)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
+        self._local = list(range(rank, len(rows), world))
+        self._score(scorer, first, tick)
+
+    @property
+    def sizes(self) -> Tensor:
+        """Images of every candidate, `(K,)`."""
+        raise NotImplementedError
+
+    def gains(self) -> Tensor:
+        """Gain of every candidate at the present theta', `(K,)`; the same on every process."""
+        return _summed(self._gains(self._validation.gradient(self._weights)))
+
+    def take(self, picks: Tensor) -> None:
+        """Step on the head along the gradient of the candidates just taken."""
+        gradient = _summed(self._gradient(picks))
+        self._weights = self._head.step(self._weights, gradient, self._size)
+
+    def images(self, picks: Sequence[int]) -> Tensor:
+        """Positions in the training set of the candidates taken, in order."""
+        raise NotImplementedError
+
+    def _score(self, scorer: Scorer, first: int, tick: Callable[[], None]) -> None:
+        raise NotImplementedError
+
+    def _gains(self, direction: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _gradient(self, picks: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Minibatches(Candidates):
+    """A candidate is a minibatch; its gradient is that of the mean loss (released)."""
+
+    def _score(self, scorer: Scorer, first: int, tick: Callable[[], None]) -> None:
+        device = next(iter(self._head.weights.values())).device
+        self._gradients = torch.empty(len(self._local), self._head.length, device=device)
+        for place, k in enumerate(self._local):
+            losses = scorer(self._rows[k], first + k).losses
+            self._gradients[place] = self._head.gradient(lambda outputs: losses(outputs).mean(), self._head.weights)  # noqa: B023
+            tick()
+        self._signatures = self._signature(self._gradients)
+
+    @property
+    def sizes(self) -> Tensor:
+        """Images of every minibatch."""
+        return torch.tensor([len(r) for r in self._rows])
+
+    def images(self, picks: Sequence[int]) -> Tensor:
+        """All images of the minibatches."""
+        return torch.cat([self._rows[k] for k in picks])
+
+    def _gains(self, direction: Tensor) -> Tensor:
+        gains = torch.zeros(len(self._rows), device=direction.device)
+        gains[self._local] = self._signatures @ self._signature(direction[None])[0]
+        return gains
+
+    def _gradient(self, picks: Tensor) -> Tensor:
+        mine = [place for place, k in enumerate(self._local) if k in set(picks.tolist())]
+        return self._gradients[mine].sum(0) / len(picks)
+
+
+class Samples(Candidates):
+    """A candidate is one image; its gradient is that of its own loss within its minibatch (the paper's sample).
+
+    Gradients are never written out: gains are derivatives of all losses along one direction.
+    """
+
+    def _score(self, scorer: Scorer, first: int, tick: Callable[[], None]) -> None:
+        self._scored = {}
+        for k in self._local:
+            self._scored[k] = scorer(self._rows[k], first + k)
+            tick()
+        self._bounds = torch.tensor([0, *(len(r) for r in self._rows)]).cumsum(0).tolist()
+
+    @property
+    def sizes(self) -> Tensor:
+        """One image each."""
+        return torch.ones(self._bounds[-1], dtype=torch.int64)
+
+    def images(self, picks: Sequence[int]) -> Tensor:
+        """The images taken."""
+        return torch.cat(self._rows)[torch.tensor(picks)]
+
+    def _gains(self, direction: Tensor) -> Tensor:
+        gains = torch.zeros(self._bounds[-1], device=direction.device)
+        for k, scored in self._scored.items():
+            here = slice(self._bounds[k], self._bounds[k + 1])
+            gains[here] = self._head.directional(scored.losses, self._head.weights, direction)
+        return gains
+
+    def _gradient(self, picks: Tensor) -> Tensor:
+        gradient = torch.zeros(self._head.length, device=next(iter(self._head.weights.values())).device)
+        taken = torch.zeros(self._bounds[-1], device=gradient.device).index_fill_(0, picks.to(gradient.device), 1.0)
+        for k, scored in self._scored.items():
+            weight = taken[self._bounds[k] : self._bounds[k + 1]] / len(picks)
+            gradient += self._head.gradient(lambda out: (scored.losses(out) * weight).sum(), self._head.weights)  # noqa: B023
+        return gradient
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _summed(values: Tensor) -> Tensor:
+    """The sum over all processes; every process holds zeros where another one has scored."""
+    if _several():
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,151 @@
+"""RCS: robustness-aware coreset selection."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_robust.data import ImageDataset
+from hf_robust.losses import ungathered
+from hf_robust.models.folded import FoldedNetwork
+from hf_robust.objectives.base import Objective
+
+from .base import ChosenCoreset, Selection, SelectionTask
+from .candidates import Minibatches, Samples, Scorer, minibatches
+from .greedy import greedy, largest_remainder
+from .head import Head
+from .validation import ValidationDistance
+
+__all__ = ["RCS"]
+
+
+@dataclass
+class RCS(ChosenCoreset):
+    """Choose the images whose training step brings attacked validation images closest to the clean ones.
+
+    With q_c the gradient of the training loss of candidate c at the present weights, and q_U the gradient of the
+    representational distance of the validation split, the search takes the candidate of largest <q_c, q_U>, steps
+    theta' <- theta' - eta' q_c on the head, computes q_U anew there (with a new attack), and goes on until the budget
+    is filled. Both gradients are those of the linear layers of the head (projector or classifier).
+
+    Candidates are minibatches of one shuffled, augmented and attacked pass over the pool, as released; the last pick
+    is cut so that the coreset has exactly the budget. `candidates="sample"` scores single images, within their
+    minibatch, and takes as many between two updates as a minibatch has.
+
+    `variant="released"` compares gradients averaged over the outputs of every layer, steps twice (the released code
+    updates one module under two names) and rounds the budget down to whole minibatches; it is refused where its
+    signature vanishes, as it does for softmax cross-entropy. The default compares the whole gradients.
+
+    Memory beside that of a training step: `chunk_size` x (values of a head gradient) x 4 bytes for minibatches (0.3 GB
+    for ResNet-18's projector; twice that with the signatures of `"released"`); for single images `chunk_size` x
+    (images of a minibatch) x (features of all passes) x 4 bytes. The search is made chunk by chunk, independently,
+    the budget shared by largest remainder. Several processes score disjoint candidates; the attack on the validation
+    split is repeated on each.
+
+    Source: Xu et al. 2023, "Efficient Adversarial Contrastive Learning via Robustness-Aware Coreset Selection";
+        released code `RCS.py`. What we change: gradients in full, one step, exact budget, every validation image.
+    """
+
+    validation_fraction: float = field(
+        default=0.01,
+        metadata={"help": "Share of the training images kept for validation; published: 0.01, on ImageNet 0.005."},
+    )
+    candidates: Literal["batch", "sample"] = field(
+        default="batch", metadata={"help": "What is scored: minibatches (as released) or single images (the paper)."}
+    )
+    variant: Literal["fixed", "released"] = field(
+        default="fixed", metadata={"help": "fixed: whole gradients, exact budget; released: as the code computes."}
+    )
+    distance: Literal["kl_softmax", "kl_softmax_released", "kl_minmax", "js", "js_released", "ot"] = field(
+        default="kl_softmax", metadata={"help": "Representational distance; released on CIFAR: kl_minmax."}
+    )
+    head_step_size: float = field(
+        default=0.01, metadata={"help": "Step on the head after every pick, eta'; published: 0.01."}
+    )
+    attack_steps: None | int = field(
+        default=None,
+        metadata={"help": "Attack steps when candidates are scored, same total length; unset: those of training."},
+    )
+    validation_steps: int = field(
+        default=3, metadata={"help": "Attack steps on the validation images; published: 3, on ImageNet 1."}
+    )
+    reattack: bool = field(
+        default=True, metadata={"help": "Attack the validation images again after every pick; false: once."}
+    )
+    chunk_size: int = field(
+        default=100, metadata={"help": "Minibatches searched together; bounds the memory. Released on ImageNet: 100."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for f in dataclasses.fields(self):
+            choices = {"candidates": ("batch", "sample"), "variant": ("fixed", "released")}.get(f.name)
+            if choices and getattr(self, f.name) not in choices:
+                raise ValueError(f"coreset {f.name} must be one of {choices}, got {getattr(self, f.name)!r}")
+        if not self.validation_fraction > 0:
+            raise ValueError("RCS needs validation images: coreset validation_fraction must be above 0, e.g. 0.01")
+        if self.variant == "released" and self.candidates == "sample":
+            raise ValueError("coreset variant 'released' scores minibatches: leave candidates='batch'")
+        if not self.head_step_size >= 0:
+            raise ValueError(f"coreset head_step_size must be 0 or more, got {self.head_step_size}: published is 0.01")
+        if self.attack_steps is not None and self.attack_steps < 0:
+            raise ValueError(f"coreset attack_steps must be 0 or more, got {self.attack_steps}")
+        if self.validation_steps < 1:
+            raise ValueError(f"coreset validation_steps must be 1 or more, got {self.validation_steps}")
+        if self.chunk_size < 1:
+            raise ValueError(f"coreset chunk_size must be 1 or more, got {self.chunk_size}")
+
+    def budget(self, pool: int, batch_size: int) -> int:
+        """To the nearest image; `"released"`: rounded down to whole minibatches."""
+        if self.variant == "fixed":
+            return super().budget(pool, batch_size)
+        return int(self.fraction * pool + 1e-9) // batch_size * batch_size
+
+    def check(self, objective: Objective, model: Any, dataset: ImageDataset) -> None:
+        """Refuse methods without a candidate loss, and signatures that vanish."""
+        if type(objective).candidate_losses is Objective.candidate_losses:
+            raise ValueError(
+                f"{objective.title} has no loss by which RCS could choose images: use --coreset random, or train "
+                "ACL, DynACL, AIR or SAT"
+            )
+        if self.variant == "released" and getattr(model.config, "head", "projector") == "classifier":
+            raise ValueError(
+                "coreset variant 'released' averages gradients over the classes, and the gradient of softmax "
+                "cross-entropy adds up to zero over them: every gain would be rounding noise. Leave variant='fixed'"
+            )
+
+    def select(self, task: SelectionTask) -> Selection:
+        """Score one pass over the pool and search it, chunk by chunk."""
+        order = torch.randperm(len(task.pool), generator=task.generator("order"), device=task.device).cpu()
+        batches = minibatches(task.pool[order], task.batch_size)
+        chunks = [batches[k : k + self.chunk_size] for k in range(0, len(batches), self.chunk_size)]
+        budgets = largest_remainder(task.budget, [sum(len(rows) for rows in chunk) for chunk in chunks])
+        released = self.variant == "released"
+        kind, at_once = (Samples, task.batch_size) if self.candidates == "sample" else (Minibatches, 1)
+        indices, gains = [], []
+        bar = tqdm(total=len(batches), desc="choosing a coreset", unit="minibatch", disable=not task.show_progress)
+        with bar, ungathered():
+            task = dataclasses.replace(task, model=FoldedNetwork(task.model))
+            head = Head(task.model)
+            validation = ValidationDistance(task, head, self.distance, self.validation_steps, self.reattack)
+            scorer = Scorer(task, self.attack_steps)
+            for number, (chunk, budget) in enumerate(zip(chunks, budgets, strict=True)):
+                candidates = kind(
+                    chunk,
+                    number * self.chunk_size,
+                    scorer,
+                    head,
+                    validation,
+                    # the released update runs through two names of one module
+                    self.head_step_size * (2 if released else 1),
+                    head.row_means if released else None,
+                    bar.update,
+                )
+                picks, found = greedy(candidates.gains, candidates.take, candidates.sizes, budget, at_once)
+                indices.append(candidates.images(picks)[:budget])
+                gains += found
+        return Selection(torch.cat(indices), gains)

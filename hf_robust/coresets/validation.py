@@ -1,0 +1,89 @@
+"""The other side of the comparison: how the representation of held-out images moves under attack."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_robust.attacks import PGD
+from hf_robust.data import collate_images
+from hf_robust.losses import representational_distance
+
+from .base import SelectionTask
+from .head import Head, Outputs, Weights
+
+__all__ = ["ValidationDistance"]
+
+
+class ValidationDistance:
+    """Representational distance between the validation images and their attacked versions, with its gradient.
+
+    Clean features are computed once: the backbone does not change during a selection. The attack maximises the same
+    distance, through the head as it stands after the picks so far.
+
+    Args:
+        task ([`SelectionTask`]): model and validation images.
+        head ([`Head`]): the head of the model.
+        kind (`str`): of `losses.representational_distance`.
+        steps (`int`): attack steps. All steps together reach 1.25 eps, as released (10/255 at eps = 8/255).
+        reattack (`bool`): attack anew after every pick (exact), or keep the first adversarial features and re-evaluate
+            the head alone.
+
+    Source: Xu et al. 2023 (RCS), L_RD; released code `RCS.py`: uniform start, 3 steps of 10/255/3, un-augmented
+        validation images, evaluation mode, adversarial images through the adversarial branch. The released code uses
+        the first half of the validation images, twice; here each is used once.
+    """
+
+    def __init__(self, task: SelectionTask, head: Head, kind: str, steps: int, reattack: bool) -> None:
+        self._task, self._head, self._kind, self._reattack = task, head, kind, reattack
+        branches = task.model.switch.branches
+        self._clean = "clean" if "clean" in branches else branches[0]
+        self._attacked = "adv" if "adv" in branches else branches[0]
+        eps = task.attack.eps
+        self._attack = PGD(eps, 1.25 * eps / max(1, steps), steps, task.attack.norm)
+        self._generator = task.generator("validation attack")
+        self._images = []
+        for rows in task.validation.split(task.batch_size):
+            items = collate_images([task.dataset[int(k)] for k in rows])
+            self._images.append(task.originals(items["image"].to(task.device)))
+        self._features = [self._encode(x, self._clean) for x in self._images]
+        self._adversarial: list[Tensor] = []
+
+    def gradient(self, weights: Weights) -> Tensor:
+        """Gradient of the distance with respect to the head, both arguments moving.
+
+        Args:
+            weights (`dict[str, torch.Tensor]`): of the head.
+
+        Returns:
+            `torch.Tensor` of shape `(length of a head gradient,)`.
+        """
+        if self._reattack or not self._adversarial:
+            outputs = self._head.outputs(weights)
+            self._adversarial = [
+                self._encode(self._attack_batch(x, f, outputs), self._attacked)
+                for x, f in zip(self._images, self._features, strict=True)
+            ]
+        clean, adversarial = torch.cat(self._features), torch.cat(self._adversarial)
+
+        def distance(outputs: Outputs) -> Tensor:
+            return representational_distance(
+                outputs(self._clean, clean), outputs(self._attacked, adversarial), self._kind
+            )
+
+        return self._head.gradient(distance, weights)
+
+    def _attack_batch(self, x: Tensor, features: Tensor, outputs: Outputs) -> Tensor:
+        with torch.no_grad():
+            clean = outputs(self._clean, features)
+
+        def distance(images: Tensor) -> Tensor:
+            with self._task.autocast():
+                found = self._task.model.features(images, self._attacked)
+            return representational_distance(clean, outputs(self._attacked, found), self._kind)
+
+        return self._attack(distance, x, generator=self._generator)
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor, branch: str) -> Tensor:
+        return self._task.model.features(images, branch).float()
