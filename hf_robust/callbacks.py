@@ -93,5 +93,6 @@ class MethodCallback(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Close a round: probe, and keep checkpoints for the ends of epochs."""
-        if not self.trainer.close_round(state.epoch or 0.0) and args.save_strategy == "epoch":
+        ended = self.trainer.close_round(state.epoch or 0.0)
+        if not ended and args.save_strategy == "epoch":
             control.should_save = False

@@ -14,6 +14,7 @@ __all__ = [
     "is_write_error",
     "latest_complete",
     "open_for_writing",
+    "to_resume",
     "verify",
     "write_manifest",
     "write_run",
@@ -73,6 +74,40 @@ def latest_complete(output_dir: str | Path) -> str | None:
     for folder in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
         if _problem(folder) is None:
             return str(folder)
+    return None
+
+
+def to_resume(output_dir: str | Path, asked: str | bool | None) -> str | None:
+    """Find the checkpoint a training starts from.
+
+    Args:
+        output_dir (`str` or `Path`): the run's output folder.
+        asked (`str`, `bool` or `None`): a path; `True` for the newest complete checkpoint; else a fresh start.
+
+    Returns:
+        `str` or `None`: path of a complete checkpoint; `None` for a fresh start.
+
+    Raises:
+        ValueError: if there is nothing to resume, the checkpoint is damaged, or a fresh start would mix with an
+            earlier run.
+    """
+    latest = latest_complete(output_dir)
+    if asked is True:
+        if latest is None:
+            raise ValueError(
+                f"cannot resume: {str(output_dir)!r} holds no complete checkpoint; start without "
+                "--resume_from_checkpoint"
+            )
+        return latest
+    if asked:
+        verify(str(asked))
+        return str(asked)
+    if latest:
+        raise ValueError(
+            f"{str(output_dir)!r} holds {Path(latest).name} of an earlier run, which this one would mix "
+            "with its own: go on with it by --resume_from_checkpoint true, in Python "
+            "trainer.train(resume_from_checkpoint=True), or give another --output_dir"
+        )
     return None
 
 

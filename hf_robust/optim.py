@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["LARS", "make_optimizer", "step_decay", "warmup_cosine"]
+__all__ = ["LARS", "make_optimizer", "paper_schedule", "step_decay", "warmup_cosine"]
 
 
 class LARS(Optimizer):
@@ -157,3 +157,40 @@ def warmup_cosine(epoch: float, *, base_lr: float, warmup_epochs: float, epochs:
         return base_lr
     phase = min(1.0, (epoch - warmup_epochs) / (epochs - warmup_epochs))
     return min_lr + (base_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * phase))
+
+
+def paper_schedule(
+    epoch_at: Callable[[int], float],
+    epochs: float,
+    *,
+    base_lr: float,
+    warmup_epochs: float,
+    min_lr: float,
+    granularity: str,
+    milestones: Sequence[float] = (),
+) -> Callable[[int], float]:
+    """Build the learning rate of a step, as a share of the peak.
+
+    Args:
+        epoch_at (`Callable[[int], float]`): epochs trained after a number of steps.
+        epochs (`float`): length of the run.
+        base_lr, warmup_epochs, min_lr: of `warmup_cosine`.
+        granularity (`str`): `"step"`, or `"epoch"` for a rate that changes once per epoch (official DynACL).
+        milestones (`Sequence[float]`): with any, `step_decay` instead of warm-up and cosine.
+
+    Returns:
+        `Callable[[int], float]`: step (from 0) to multiplier.
+    """
+
+    def multiplier(step: int) -> float:
+        """Share of the peak."""
+        if milestones:
+            return step_decay(epoch_at(step), 1.0, milestones)
+        epoch = epoch_at(step + 1)
+        if granularity == "epoch":
+            index = math.floor(epoch_at(step) + 1e-9)
+            epoch = index + 1 if index < warmup_epochs else index
+        rate = warmup_cosine(epoch, base_lr=base_lr, warmup_epochs=warmup_epochs, epochs=epochs, min_lr=min_lr)
+        return rate / base_lr if base_lr else 0.0
+
+    return multiplier

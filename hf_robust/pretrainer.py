@@ -41,7 +41,7 @@ class RobustPretrainer(RobustTrainer):
         batch = self.views(inputs["image"], self.objective.views, strength=self._strength, generator=generator)
         if self.args.channels_last:
             batch = {name: x.contiguous(memory_format=torch.channels_last) for name, x in batch.items()}
-        return {**batch, "label": inputs["label"]} if self.objective.needs_labels else batch
+        return {**batch, "label": inputs["label"]} if "label" in inputs else batch
 
     def originals(self, images: Tensor) -> Tensor:
         """Un-augmented images at the size of the views."""

@@ -22,13 +22,15 @@ from transformers.trainer_utils import TrainOutput
 from hf_robust import checkpoints
 from hf_robust.attacks import PGD, LossFn, frozen
 from hf_robust.callbacks import MethodCallback, average_buffers, share_from_first, update_ema
-from hf_robust.coresets import CoresetMethod, FullData, SelectionTask
+from hf_robust.coresets import CoresetMethod, FullData
 from hf_robust.coresets.phases import CoresetPhases, seeded_generator
 from hf_robust.coresets.sampler import CoresetSampler
 from hf_robust.data import ImageDataset, collate_images
+from hf_robust.loss_record import LossRecord, finite
 from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
-from hf_robust.optim import make_optimizer, step_decay, warmup_cosine
+from hf_robust.objectives.base import check_fit
+from hf_robust.optim import make_optimizer, paper_schedule
 from hf_robust.training_args import RobustTrainingArguments
 
 __all__ = ["RobustTrainer"]
@@ -79,8 +81,7 @@ class RobustTrainer(Trainer):
         coreset: CoresetMethod | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_branches(model, objective)
-        coreset = coreset if coreset is not None else FullData()
+        check_fit(objective, model, train_dataset)
         if args.world_size > 1:
             # Otherwise the last batch repeats images on some rank: false negatives of a contrastive loss.
             args.dataloader_drop_last = True
@@ -91,8 +92,8 @@ class RobustTrainer(Trainer):
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         if train_dataset is not None:
-            _check_labels(train_dataset, objective)
             args.check_batch(len(train_dataset))
+            coreset = coreset if coreset is not None else FullData()
             coreset.check(objective, model, train_dataset)
             self.phases = CoresetPhases(
                 coreset,
@@ -112,11 +113,8 @@ class RobustTrainer(Trainer):
         self.attack = attack if attack is not None else PGD()
         self.teacher = self._build_teacher()
         self._started, self._earlier_seconds = time.monotonic(), 0.0
-        self._strength = 1.0
-        self._terms: dict[str, Tensor] = {}
-        self._recorded = 0
-        self._broken = torch.zeros((), dtype=torch.bool, device=self.args.device)
-        self._micro_step = (-1, 0)
+        self._strength, self._micro_step = 1.0, (-1, 0)
+        self._record = LossRecord(self.args.device)
         self.add_callback(MethodCallback(self))
 
     @property
@@ -148,7 +146,7 @@ class RobustTrainer(Trainer):
         context = StepContext(self._training_attack(generator), self.progress, self.teacher, self.accelerator.autocast)
         terms = self.objective(model, batch, context)
         loss = torch.stack(list(terms.values())).sum()
-        self._record(terms, loss)
+        self._record.add(terms, loss)
         return (loss, terms) if return_outputs else loss
 
     def _step_generator(self) -> torch.Generator:
@@ -192,33 +190,21 @@ class RobustTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Build the schedule in fractional epochs; see `optim.warmup_cosine` and `optim.step_decay`."""
+        """Build the schedule; see `optim.paper_schedule`."""
         if self.lr_scheduler is None:
             args, epochs = self.args, self._epoch_at(num_training_steps)
             if args.warmup_epochs >= epochs:
-                logger.warning(
-                    "the run of %.3g epochs ends inside the warm-up of %g, below the learning rate asked for: "
-                    "lower --warmup_epochs",
-                    *(epochs, args.warmup_epochs),
-                )
-
-            def multiplier(step: int) -> float:
-                """Learning rate of a step, as a share of the peak."""
-                epoch = self._epoch_at(step + 1)
-                if args.lr_granularity == "epoch":
-                    index = math.floor(self._epoch_at(step) + 1e-9)
-                    epoch = index + 1 if index < args.warmup_epochs else index
-                rate = warmup_cosine(
-                    epoch,
-                    base_lr=args.learning_rate,
-                    warmup_epochs=args.warmup_epochs,
-                    epochs=epochs,
-                    min_lr=args.min_learning_rate,
-                )
-                if args.lr_milestones:
-                    rate = step_decay(self._epoch_at(step), args.learning_rate, args.lr_milestones)
-                return rate / args.learning_rate if args.learning_rate else 0.0
-
+                text = "the run of %.3g epochs ends inside the warm-up of %g: lower --warmup_epochs"
+                logger.warning(text, epochs, args.warmup_epochs)
+            multiplier = paper_schedule(
+                self._epoch_at,
+                epochs,
+                base_lr=args.learning_rate,
+                warmup_epochs=args.warmup_epochs,
+                min_lr=args.min_learning_rate,
+                granularity=args.lr_granularity,
+                milestones=args.lr_milestones or (),
+            )
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, multiplier)
         return self.lr_scheduler
 
@@ -230,31 +216,24 @@ class RobustTrainer(Trainer):
 
     def _select_coreset(self, round: int) -> None:
         self._strength = self.objective.strength(self.progress)
-        module, args = self.accelerator.unwrap_model(self.model), self.args
-        device = args.device
-        task = SelectionTask(
+        module = self.accelerator.unwrap_model(self.model)
+        task = self.phases.task(
+            round,
             model=module,
             objective=self.objective,
-            dataset=self.train_dataset,
-            pool=self.phases.pool,
-            validation=self.phases.validation,
-            budget=self.phases.rounds.length,
-            batch_size=args.per_device_train_batch_size * args.world_size,
             views=self.prepare_batch,
             originals=self.originals,
             attack=self.attack,
-            seed=self.phases.seed,
-            generator=lambda name: seeded_generator(device, self.phases.seed, "coreset", round, name),
             autocast=self.accelerator.autocast,
             progress=self.progress,
-            device=device,
-            show_progress=not args.disable_tqdm and self.is_world_process_zero(),
+            device=self.args.device,
+            show_progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
         with frozen(module), torch.no_grad():
-            logs = self.phases.select(round, lambda: self.phases.method.select(task))
-        if self.phases.method.chooses:
-            if args.should_save:
-                self.phases.write(str(args.output_dir))
+            logs = self.phases.select(round, task)
+        if logs and self.args.should_save:
+            self.phases.write(str(self.args.output_dir))
+        if logs:
             self.log(logs)
 
     def originals(self, images: Tensor) -> Tensor:
@@ -289,13 +268,6 @@ class RobustTrainer(Trainer):
         teacher = copy.deepcopy(self.model).requires_grad_(False).to(self.args.device)
         return teacher.train()
 
-    def _record(self, terms: dict[str, Tensor], loss: Tensor) -> None:
-        for name, value in {**terms, "total": loss}.items():
-            detached = value.detach().float()
-            self._terms[name] = self._terms[name] + detached if name in self._terms else detached
-        self._recorded += 1
-        self._broken |= ~torch.isfinite(loss.detach())  # stays on the device; read when logs or checkpoints are due
-
     @property
     def training_seconds(self) -> float:
         """Logged wall time of the training, earlier sessions of a resumed run included."""
@@ -306,14 +278,8 @@ class RobustTrainer(Trainer):
         logs["seconds"] = self._earlier_seconds + time.monotonic() - self._started
         if self.phases.method.chooses:
             logs["paper_epoch"] = self.epoch
-        if "loss" in logs and self._recorded:
-            terms = self._terms
-            means = self.accelerator.reduce(torch.stack(list(terms.values())) / self._recorded, "mean").tolist()
-            logs["loss"] = means[-1]
-            logs.update({f"loss_{name}": value for name, value in zip(terms, means, strict=True) if name != "total"})
-            logs["strength"] = self._strength
-            self._terms, self._recorded = {}, 0
-            self._share_broken()
+        if "loss" in logs and self._record:
+            logs.update(self._record.close(self.accelerator), strength=self._strength)
         super().log(logs, start_time)
         self._stop_if_broken()
 
@@ -322,12 +288,8 @@ class RobustTrainer(Trainer):
         """Wall time of all coreset selections, part of `training_seconds`."""
         return sum(entry.get("coreset_seconds", 0.0) for entry in self.state.log_history)
 
-    def _share_broken(self) -> None:
-        """Let every process know what one has seen, so that all of them stop or none; called by all processes."""
-        self._broken = self.accelerator.reduce(self._broken.float(), "sum") > 0
-
     def _stop_if_broken(self) -> None:
-        if not bool(self._broken):
+        if not bool(self._record.broken):
             return
         last = checkpoints.latest_complete(str(self.args.output_dir))
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
@@ -338,41 +300,26 @@ class RobustTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume from `True` (the newest complete checkpoint) or a path; see `Trainer.train`."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.latest_complete(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"cannot resume: {self.args.output_dir!r} holds no complete checkpoint; start without "
-                    "--resume_from_checkpoint"
-                )
-        elif resume_from_checkpoint:
-            checkpoints.verify(resume_from_checkpoint)
-        elif earlier := checkpoints.latest_complete(str(self.args.output_dir)):
-            raise ValueError(
-                f"{self.args.output_dir!r} holds {Path(earlier).name} of an earlier run, which this one would mix "
-                "with its own: go on with it by --resume_from_checkpoint true, in Python "
-                "trainer.train(resume_from_checkpoint=True), or give another --output_dir"
-            )
+        resume_from_checkpoint = checkpoints.to_resume(str(self.args.output_dir), resume_from_checkpoint)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
-        self._terms, self._recorded, self._micro_step = {}, 0, (-1, 0)
-        self._broken = torch.zeros_like(self._broken)
+        self._record, self._micro_step = LossRecord(self.args.device), (-1, 0)
         self.phases.restart()
         if self.phases.method.chooses and self.args.max_steps <= 0:
             rounds = self.phases.rounds.rounds(self.args.num_train_epochs)
             self.args.max_steps = math.ceil(rounds * self._steps_per_round - 1e-9)
         if resume_from_checkpoint:
-            checkpoints.check_run(str(resume_from_checkpoint), self.describe_run())
-            state = TrainerState.load_from_json(os.path.join(str(resume_from_checkpoint), TRAINER_STATE_NAME))
+            checkpoints.check_run(resume_from_checkpoint, self.describe_run())
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
             self._earlier_seconds = _logged_seconds(state)
             if 0 < self.args.max_steps <= state.global_step:
                 # The stock loop looks at max_steps after a step only: it would add one to a finished run.
-                self._load_from_checkpoint(str(resume_from_checkpoint))
+                self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         if self.teacher is not None:
             share_from_first(self.teacher)  # the wrapper shares rank 0's weights of the model, but knows no teacher
         set_seed(self.args.seed, device_specific=True)  # one seed on all ranks would give all ranks the same dropout
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def describe_run(self) -> dict[str, str]:
         """Describe what a checkpoint must agree with to be resumed exactly."""
@@ -397,15 +344,15 @@ class RobustTrainer(Trainer):
 
     def stop_if_not_finite(self) -> None:
         """Raise `FloatingPointError` when a loss, a weight or a running statistic of this process is not finite."""
-        self._broken |= self._weights_broken()
+        self._record.broken |= self._weights_broken()
         self._stop_if_broken()
 
     def _weights_broken(self) -> Tensor:
-        return ~_finite([n for n in (self.accelerator.unwrap_model(self.model), self.teacher) if n is not None])
+        return ~finite([n for n in (self.accelerator.unwrap_model(self.model), self.teacher) if n is not None])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._broken |= self._weights_broken()
-        self._share_broken()
+        self._record.broken |= self._weights_broken()
+        self._record.share(self.accelerator)
         self._stop_if_broken()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -452,27 +399,3 @@ class RobustTrainer(Trainer):
 
 def _logged_seconds(state: TrainerState) -> float:
     return max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
-
-
-def _check_branches(model: Any, objective: Objective) -> None:
-    has = tuple(model.config.norm_branches)
-    if set(has) != set(objective.norm_branches):
-        raise ValueError(
-            f"{objective.title} runs images through the norm branches {list(objective.norm_branches)}, the model has "
-            f"{list(has)}: build the model with norm_branches={tuple(objective.norm_branches)!r}"
-        )
-
-
-def _check_labels(dataset: ImageDataset, objective: Objective) -> None:
-    if objective.needs_labels and (dataset.labels is None or (dataset.num_classes or 0) < 2):
-        found = "no labels" if dataset.labels is None else "one class"
-        raise ValueError(
-            f"{objective.title} is supervised and {dataset.name!r} has {found}: name a label column "
-            "(--label_column), or train a self-supervised method such as --objective acl"
-        )
-
-
-@torch.no_grad()
-def _finite(networks: list[nn.Module]) -> Tensor:
-    tensors = [t for n in networks for t in (*n.parameters(), *n.buffers()) if t.is_floating_point()]
-    return torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all()

@@ -74,7 +74,7 @@ class RobustTrainingArguments(TrainingArguments):
     lr_granularity: Literal["step", "epoch"] = field(
         default="step", metadata={"help": "Change the rate every step (ACL, AIR, RCS) or epoch (official DynACL)."}
     )
-    lr_milestones: None | list[float] = field(
+    lr_milestones: list[float] | None = field(
         default=None, metadata={"help": "Epochs after which the rate falls to a tenth, instead of warm-up and cosine."}
     )
     channels_last: bool = field(

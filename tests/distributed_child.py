@@ -15,7 +15,7 @@ if world > 1:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 import torch  # noqa: E402
-from training import tiny_images, tiny_model, tiny_trainer  # noqa: E402
+from training import tiny_images, tiny_model, tiny_rcs, tiny_trainer  # noqa: E402
 
 from hf_robust.attacks import PGD  # noqa: E402
 from hf_robust.objectives.acl import ACL  # noqa: E402
@@ -66,5 +66,31 @@ def step(case: str) -> dict[str, Any]:
     return found
 
 
+def coresets(case: str) -> dict[str, Any]:
+    """Every coreset of a short run, in the order of the selections, with its gains."""
+    _, _, candidates = case.partition("-")
+    objective = ACL()
+    trainer = tiny_trainer(
+        f"{out}-{world}-{case}",
+        objective,
+        model=tiny_model(objective),
+        data=tiny_images(43),
+        coreset=tiny_rcs(fraction=0.4, warmup_epochs=0, candidates=candidates, chunk_size=3),
+        per_device_train_batch_size=IMAGES // world,
+        num_train_epochs=3,
+    )
+    found: list[Any] = []
+    select = trainer._select_coreset
+
+    def note(round: int) -> None:
+        select(round)
+        assert trainer.phases.current is not None
+        found.append((trainer.phases.current.indices, trainer.phases.current.gains))
+
+    trainer._select_coreset = note  # type: ignore[method-assign]
+    trainer.train()
+    return {"coresets": found, "pool": trainer.phases.pool.tolist(), "weights": trainer.model.state_dict()}
+
+
 if __name__ == "__main__":
-    torch.save({case: step(case) for case in cases}, f"{out}-{rank}.pt")
+    torch.save({c: coresets(c) if c.startswith("rcs") else step(c) for c in cases}, f"{out}-{rank}.pt")

@@ -17,15 +17,16 @@ PACKAGE = REPOSITORY / "hf_robust"
 # A file imports lower floors only. Changing this table is a decision of its own: docs/architecture.md shows it too.
 # "" is hf_robust/__init__.py, "objectives" is hf_robust/objectives/__init__.py.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("losses", "attacks", "optim", "models.norm", "image_decoding", "image_sources"),
-    ("data", "views", "models.backbones", "models.modeling", "models.encoder", "models.native"),
+    ("losses", "loss_record", "attacks", "optim", "crops", "models.norm", "image_decoding", "image_sources"),
+    ("data", "views", "models.backbones", "models.modeling", "models.encoder", "models.native", "models.folded"),
     ("objectives.base", "models", "_lazy"),
     (
         "objectives.*",  # every method: adding one touches no list
+        *("coresets.base", "coresets.*"),  # every way to choose, likewise
         *("evaluation.linear_probe", "evaluation.probe", "evaluation.pictures"),
-        *("evaluation.environment", "evaluation.report"),
+        *("evaluation.environment", "evaluation.report", "evaluation.coreset_pictures"),
     ),
-    ("objectives", "evaluation", "training_args", "callbacks", "checkpoints", "model_card", "hub"),
+    ("objectives", "coresets", "evaluation", "training_args", "callbacks", "checkpoints", "model_card", "hub"),
     ("trainer",),
     ("pretrainer",),
     ("cli",),
@@ -36,6 +37,8 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "models.modeling": ("models.backbones",),
     "models.encoder": ("models.backbones",),
     "objectives.*": ("objectives.*",),
+    "coresets.*": ("coresets.base", "coresets.*"),
+    "evaluation.coreset_pictures": ("coresets.base",),
     "evaluation.report": ("evaluation.environment",),
     "evaluation.probe": ("evaluation.linear_probe", "evaluation.report"),
     "evaluation.pictures": ("evaluation.report",),
@@ -96,8 +99,9 @@ def import_targets(node: ast.AST, package: list[str]) -> list[str]:
 
 
 def place(name: str) -> str:
-    """The name under which a file stands in the tables: a method's file is one of `objectives.*`."""
-    return "objectives.*" if name.startswith("objectives.") and name != "objectives.base" else name
+    """The name under which a file stands in the tables: a method's file is one of `objectives.*` or `coresets.*`."""
+    folder, _, file = name.partition(".")
+    return f"{folder}.*" if folder in ("objectives", "coresets") and file not in ("", "base") else name
 
 
 def violations(package: Path) -> list[str]:

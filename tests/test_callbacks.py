@@ -99,7 +99,8 @@ class Hooks:
 
 def announce(event: str, epoch: float | None) -> list:
     hooks = Hooks()
-    getattr(MethodCallback(hooks), event)(SimpleNamespace(), TrainerState(epoch=epoch), TrainerControl(), model=None)
+    args = SimpleNamespace(save_strategy="epoch")
+    getattr(MethodCallback(hooks), event)(args, TrainerState(epoch=epoch), TrainerControl(), model=None)
     return hooks.calls
 
 
@@ -115,7 +116,17 @@ def test_an_epoch_that_is_resumed_in_the_middle_keeps_its_number(epoch, expected
 @pytest.mark.parametrize(("epoch", "expected"), [(None, 0.0), (1.0, 1.0), (1.5, 1.5)])
 def test_the_end_of_an_epoch_tells_how_far_the_training_is(epoch, expected):
     """Not rounded: a run that stops in mid-epoch has not completed the epoch."""
-    assert announce("on_epoch_end", epoch) == [("end_epoch", expected)]
+    assert announce("on_epoch_end", epoch) == [("close_round", expected)]
+
+
+@pytest.mark.parametrize(
+    ("ended", "strategy", "saved"), [(True, "epoch", True), (False, "epoch", False), (False, "steps", True)]
+)
+def test_a_round_that_ends_no_epoch_is_no_checkpoint_of_an_epoch(ended, strategy, saved):
+    control = TrainerControl(should_save=True)
+    trainer = SimpleNamespace(close_round=lambda rounds: ended)
+    MethodCallback(trainer).on_epoch_end(SimpleNamespace(save_strategy=strategy), TrainerState(epoch=1.0), control)
+    assert control.should_save is saved
 
 
 def test_hooks_around_the_optimiser_step():

@@ -13,6 +13,7 @@ import torch
 TESTS = Path(__file__).parent
 # objective - norm statistics: frozen, or of the whole batch in train mode
 EQUAL = ["acl-frozen", "air-frozen", "acl-sync", "air-sync"]
+SELECTIONS = ["rcs-batch", "rcs-sample"]
 
 
 def free_port() -> int:
@@ -34,13 +35,13 @@ def run(world: int, cases: list[str], out: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    (found,) = run(1, EQUAL, tmp_path_factory.mktemp("one") / "rank")
+    (found,) = run(1, [*EQUAL, *SELECTIONS], tmp_path_factory.mktemp("one") / "rank")
     return found
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(2, [*EQUAL, "dynacl-plain"], tmp_path_factory.mktemp("two") / "rank")
+    return run(2, [*EQUAL, *SELECTIONS, "dynacl-plain"], tmp_path_factory.mktemp("two") / "rank")
 
 
 @pytest.mark.parametrize("case", EQUAL)
@@ -61,3 +62,16 @@ def test_all_processes_attack_one_network_and_one_teacher(two):
         assert first[part].keys() == second[part].keys() and first[part]
         for name, value in first[part].items():
             assert torch.equal(value, second[part][name]), name
+
+
+@pytest.mark.parametrize("case", SELECTIONS)
+def test_two_processes_choose_the_coreset_of_one(one, two, case):
+    """The first selection sees equal weights; later ones see those of a training with statistics of half batches."""
+    alone, first, second = one[case], two[0][case], two[1][case]
+    assert len(first["coresets"]) == 3 and alone["pool"] == first["pool"]
+    assert first["coresets"][0][0] == alone["coresets"][0][0]
+    assert first["coresets"][0][1] == pytest.approx(alone["coresets"][0][1], rel=1e-4)
+    assert first["coresets"] == second["coresets"]
+    assert first["coresets"][0][0] != first["coresets"][1][0]
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name

@@ -34,23 +34,28 @@ def assert_same(one, other):
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_sigkill_in_mid_epoch_and_resume_end_bit_identical(tmp_path):
-    """12 steps, 6 per epoch, checkpoints after 4 and 8: the kill comes after step 8 and before the end."""
-    straight = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "straight"])
-    killed = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "killed", "--seconds_per_step", "1.0"])
+@pytest.mark.parametrize(("flags", "last"), [([], 8), (["--coreset"], 16)])
+def test_sigkill_in_mid_epoch_and_resume_end_bit_identical(tmp_path, flags, last):
+    """12 steps, 6 per epoch, checkpoints after 4 and 8: the kill comes after step 8 and before the end.
+
+    With a coreset 18 steps, 3 per round: the kill comes in the third coreset, which step 16 has begun to train on.
+    """
+    straight = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "straight", *flags])
+    killed = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "killed", "--seconds_per_step", "1.0", *flags])
     deadline = time.time() + 240
-    while checkpoints.latest_complete(tmp_path / "killed") != str(tmp_path / "killed" / "checkpoint-8"):
+    while checkpoints.latest_complete(tmp_path / "killed") != str(tmp_path / "killed" / f"checkpoint-{last}"):
         assert killed.poll() is None and time.time() < deadline
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "final.pt").exists()
-    subprocess.run([sys.executable, SCRIPT, tmp_path / "killed", "--resume"], check=True)
+    subprocess.run([sys.executable, SCRIPT, tmp_path / "killed", "--resume", *flags], check=True)
     assert straight.wait(timeout=240) == 0
     one, other = (torch.load(tmp_path / f / "final.pt", weights_only=True) for f in ("straight", "killed"))
     assert_same(one["model"], other["model"])
     assert_same(one["teacher"], other["teacher"])
     keep = ("loss", "loss_clean", "loss_adversarial", "strength", "learning_rate", "probe_standard_accuracy")
+    keep += ("coreset_images", "coreset_overlap", "paper_epoch")
     logs = [[{k: e[k] for k in keep if k in e} for e in run["log"]] for run in (one, other)]
     assert [e for e in logs[0] if e] == [e for e in logs[1] if e]
 

@@ -1,8 +1,9 @@
 """A tiny network, tiny images and a trainer on them, for tests that train; also run as a script in child processes.
 
-    python tests/training.py OUTPUT_DIR [--seconds_per_step 0.3] [--resume]
+    python tests/training.py OUTPUT_DIR [--seconds_per_step 0.3] [--resume] [--coreset]
 
-trains 12 steps with a checkpoint every 4, slowly enough to be killed on the way, and writes OUTPUT_DIR/final.pt.
+trains 12 steps (with a coreset 18) with a checkpoint every 4, slowly enough to be killed on the way, and writes
+OUTPUT_DIR/final.pt.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from hf_robust.attacks import PGD
+from hf_robust.coresets import RCS, CoresetMethod
 from hf_robust.data import ImageDataset
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
 from hf_robust.objectives import Objective
@@ -44,8 +46,19 @@ def tiny_model(objective: Objective, seed: int = 0, **config: Any) -> RobustMode
     return RobustModelForPreTraining(RobustPretrainingConfig(**{**values, **config}))
 
 
+def tiny_rcs(**changes: Any) -> RCS:
+    """Of 24 images 3 validate and 10 are chosen, after 3 rounds of warm-up."""
+    return RCS(**{"fraction": 0.5, "warmup_epochs": 1, "interval": 1, "validation_fraction": 0.1, **changes})
+
+
 def tiny_trainer(
-    folder: Path | str, objective: Objective, *, data: ImageDataset | None = None, model: Any = None, **arguments: Any
+    folder: Path | str,
+    objective: Objective,
+    *,
+    data: ImageDataset | None = None,
+    model: Any = None,
+    coreset: CoresetMethod | None = None,
+    **arguments: Any,
 ) -> RobustPretrainer:
     """A trainer for 2 epochs of 6 steps."""
     values = {
@@ -68,6 +81,7 @@ def tiny_trainer(
         PGD(steps=2),
         train_dataset=data if data is not None else tiny_images(),
         eval_dataset=tiny_images(9, seed=1),
+        coreset=coreset,
     )
 
 
@@ -77,10 +91,17 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--seconds_per_step", type=float, default=0.0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--coreset", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     trainer = tiny_trainer(
-        options.folder, DynACL(period=0.25, ema_decay=0.9), save_strategy="steps", save_steps=4, seed=3, probe_every=1
+        options.folder,
+        DynACL(period=0.25, ema_decay=0.9),
+        save_strategy="steps",
+        save_steps=4,
+        seed=3,
+        probe_every=1,
+        **({"coreset": tiny_rcs(), "num_train_epochs": 4} if options.coreset else {}),
     )
     before_step = trainer.before_step
 

@@ -75,8 +75,9 @@ class Coreset:
             stored = json.loads(Path(path).read_text())
             known = {name: stored[name] for name in cls.__dataclass_fields__ if name in stored}
             coreset = cls(**known)
-            indices = [int(k) for k in coreset.indices]
-            if indices != coreset.indices or sorted(set(indices)) != indices or not indices or indices[0] < 0:
+            indices = coreset.indices
+            whole = isinstance(indices, list) and len(indices) > 0 and all(type(k) is int for k in indices)
+            if not whole or sorted(set(indices)) != indices or indices[0] < 0:
                 raise ValueError("its indices are not distinct, ascending, non-negative integers")
             if indices[-1] >= coreset.dataset_size:
                 raise ValueError(f"index {indices[-1]} lies outside its {coreset.dataset_size} images")
@@ -258,7 +259,7 @@ class ChosenCoreset(CoresetMethod):
             )
         if not 0 <= self.warmup_epochs < float("inf"):
             raise ValueError(f"coreset warmup_epochs must be 0 or more, got {self.warmup_epochs}: published is 100")
-        if self.interval != int(self.interval) or self.interval < 1:
+        if not 1 <= self.interval < float("inf") or self.interval != int(self.interval):
             raise ValueError(f"coreset interval must be a whole number of epochs, 1 or more, got {self.interval}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(

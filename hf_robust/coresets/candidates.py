@@ -60,8 +60,8 @@ class Scorer:
     def __init__(self, task: SelectionTask, attack_steps: int | None) -> None:
         self._task, attack = task, task.attack
         if attack_steps is not None and attack_steps != attack.steps:
-            size = min(1.0, attack.step_size * attack.steps / max(1, attack_steps))
-            attack = replace(attack, step_size=size, steps=attack_steps)
+            size = attack.step_size * attack.steps / max(1, attack_steps)
+            attack = replace(attack, step_size=min(1.0, size) if attack.norm == "linf" else size, steps=attack_steps)
         self._attack = attack
 
     def __call__(self, rows: Tensor, number: int) -> Scored:

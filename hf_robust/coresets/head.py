@@ -126,5 +126,5 @@ class Head:
         for value, part in zip(
             self.weights.values(), gradients.split([v.numel() for v in self.weights.values()], dim=1), strict=True
         ):
-            means.append(part.view(len(part), len(value), -1).mean(1))
+            means.append(part.reshape(len(part), len(value), value.numel() // len(value)).mean(1))
         return torch.cat(means, dim=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from hf_robust.data import ImageDataset
 
-from .base import Coreset, CoresetMethod, Selection
+from .base import Coreset, CoresetMethod, SelectionTask
 from .sampler import CoresetSampler, Rounds
 
 __all__ = ["CoresetPhases", "seeded_generator"]
@@ -85,21 +84,44 @@ class CoresetPhases:
             return False
         return self.current is None or self.method.due(since)
 
-    def select(self, round: int, choose: Callable[[], Selection]) -> dict[str, float]:
+    def task(self, round: int, *, device: torch.device, **given: Any) -> SelectionTask:
+        """Put together what the method needs to choose the coreset of a round.
+
+        Args:
+            round (`int`): the coreset is used from this round on.
+            device (`torch.device`): where the model is.
+            given (`Any`): the fields of [`SelectionTask`] that only the trainer knows.
+
+        Returns:
+            [`SelectionTask`]: with generators seeded by (seed, round, purpose).
+        """
+        return SelectionTask(
+            dataset=self.dataset,
+            pool=self.pool,
+            validation=self.validation,
+            budget=self.rounds.length,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            generator=lambda purpose: seeded_generator(device, self.seed, "coreset", round, purpose),
+            device=device,
+            **given,
+        )
+
+    def select(self, round: int, task: SelectionTask) -> dict[str, float]:
         """Choose the coreset of a round.
 
         Args:
             round (`int`): it is used from this round on.
-            choose (`Callable[[], Selection]`): runs the method.
+            task ([`SelectionTask`]): what the method works with.
 
         Returns:
-            `dict[str, float]`: what to log: size, seconds, overlap with the coreset before.
+            `dict[str, float]`: what to log: size, seconds, overlap with the coreset before; empty for full data.
 
         Raises:
             RuntimeError: if the method returned something else than `budget` distinct images of the pool.
         """
         started = time.monotonic()
-        selection = choose()
+        selection = self.method.select(task)
         seconds = time.monotonic() - started
         self._check(selection.indices)
         previous, epoch = self.current, self.rounds.epoch(round)
@@ -117,6 +139,8 @@ class CoresetPhases:
             gains=[float(g) for g in selection.gains],
         )
         self.sampler.indices = torch.tensor(self.current.indices)
+        if not self.method.chooses:
+            return {}
         logs = {
             "coreset_images": float(len(self.current.indices)),
             "coreset_effective_fraction": self.current.effective_fraction,

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_robust.data import ImageDataset
-from hf_robust.losses import ungathered
+from hf_robust.losses import DISTANCE_KINDS, ungathered
 from hf_robust.models.folded import FoldedNetwork
 from hf_robust.objectives.base import Objective
 
@@ -82,10 +82,10 @@ class RCS(ChosenCoreset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for f in dataclasses.fields(self):
-            choices = {"candidates": ("batch", "sample"), "variant": ("fixed", "released")}.get(f.name)
-            if choices and getattr(self, f.name) not in choices:
-                raise ValueError(f"coreset {f.name} must be one of {choices}, got {getattr(self, f.name)!r}")
+        choices = {"candidates": ("batch", "sample"), "variant": ("fixed", "released"), "distance": DISTANCE_KINDS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"coreset {name} must be one of {list(known)}, got {getattr(self, name)!r}")
         if not self.validation_fraction > 0:
             raise ValueError("RCS needs validation images: coreset validation_fraction must be above 0, e.g. 0.01")
         if self.variant == "released" and self.candidates == "sample":
@@ -134,6 +134,9 @@ class RCS(ChosenCoreset):
             validation = ValidationDistance(task, head, self.distance, self.validation_steps, self.reattack)
             scorer = Scorer(task, self.attack_steps)
             for number, (chunk, budget) in enumerate(zip(chunks, budgets, strict=True)):
+                if budget == 0:  # more chunks than images to choose
+                    bar.update(len(chunk))
+                    continue
                 candidates = kind(
                     chunk,
                     number * self.chunk_size,

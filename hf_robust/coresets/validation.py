@@ -39,8 +39,9 @@ class ValidationDistance:
         branches = task.model.switch.branches
         self._clean = "clean" if "clean" in branches else branches[0]
         self._attacked = "adv" if "adv" in branches else branches[0]
-        eps = task.attack.eps
-        self._attack = PGD(eps, 1.25 * eps / max(1, steps), steps, task.attack.norm)
+        eps, norm = task.attack.eps, task.attack.norm
+        step_size = 1.25 * eps / max(1, steps)
+        self._attack = PGD(eps, min(1.0, step_size) if norm == "linf" else step_size, steps, norm)
         self._generator = task.generator("validation attack")
         self._images = []
         for rows in task.validation.split(task.batch_size):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .norm import export_branch
 
@@ -51,7 +53,7 @@ def _fold(model: Any, branch: str) -> nn.Module:
     size, parameter = model.config.image_size, next(plain.parameters())
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
     try:
-        folded: nn.Module = fuse(plain).eval().requires_grad_(False)
+        folded = _fuse(plain).eval().requires_grad_(False)
         agrees = torch.allclose(folded(x), plain(x), rtol=1e-3, atol=1e-4)
     except Exception as error:  # whatever tracing may raise on a network of a third party
         logger.info("the backbone is not folded: %s", error)
@@ -62,3 +64,23 @@ def _fold(model: Any, branch: str) -> nn.Module:
     if four and all(p.is_contiguous(memory_format=torch.channels_last) for p in four):
         folded.to(memory_format=torch.channels_last)
     return folded
+
+
+def _fuse(network: nn.Module) -> nn.Module:
+    """A traced copy in which every batch norm that alone reads a convolution has become part of it."""
+    traced = fx.symbolic_trace(copy.deepcopy(network))
+    modules = dict(traced.named_modules())
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.op != "call_module" or not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        conv, norm = modules[str(source.target)], modules[str(node.target)]
+        pair = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
+        if not pair or len(source.users) > 1 or calls[source.target] > 1 or calls[node.target] > 1:
+            continue
+        traced.set_submodule(str(source.target), fuse_conv_bn_eval(conv, norm))
+        node.replace_all_uses_with(source)
+        traced.graph.erase_node(node)
+    traced.recompile()
+    return traced

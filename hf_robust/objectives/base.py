@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_robust.attacks import LossFn
 
-__all__ = ["Objective", "StepContext"]
+__all__ = ["Objective", "StepContext", "check_fit"]
 
 
 @dataclass(frozen=True)
@@ -149,3 +149,40 @@ def check_temperature(temperature: float) -> None:
 def unwrapped(model: Any) -> Any:
     """The module inside a distributed wrapper, where `embed` lives."""
     return getattr(model, "module", model)
+
+
+def check_fit(objective: Objective, model: Any, dataset: Any | None = None) -> None:
+    """Refuse a model or a training set that does not suit the method.
+
+    Args:
+        objective ([`Objective`]): the method.
+        model (`Any`): has `config.norm_branches` and, for supervised methods, `config.head`.
+        dataset (`Any`, *optional*): has `labels`, `num_classes` and `name`.
+
+    Raises:
+        ValueError: for other norm branches than the method's, a head of another kind, missing labels.
+    """
+    has = tuple(model.config.norm_branches)
+    if set(has) != set(objective.norm_branches):
+        raise ValueError(
+            f"{objective.title} runs images through the norm branches {list(objective.norm_branches)}, the model has "
+            f"{list(has)}: build the model with norm_branches={tuple(objective.norm_branches)!r}"
+        )
+    head, wanted = model.config.head, "classifier" if objective.needs_labels else "projector"
+    if head != wanted:
+        raise ValueError(
+            f"{objective.title} trains a {wanted}, the model has a {head}: build the model with head={wanted!r}"
+        )
+    if dataset is None or not objective.needs_labels:
+        return
+    if dataset.labels is None or len(dataset.labels.unique()) < 2:
+        found = "no labels" if dataset.labels is None else "images of one class only"
+        raise ValueError(
+            f"{objective.title} is supervised and {dataset.name!r} has {found}: name a label column "
+            "(--label_column), or train a self-supervised method such as --objective acl"
+        )
+    if dataset.num_classes > model.config.num_classes:
+        raise ValueError(
+            f"the classifier has {model.config.num_classes} outputs and {dataset.name!r} {dataset.num_classes} "
+            f"classes: build the model with num_classes={dataset.num_classes}"
+        )
