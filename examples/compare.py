@@ -16,6 +16,12 @@ from hf_robust.evaluation.pictures import plot_curves
 from hf_robust.evaluation.report import EncoderReport, binomial_interval
 
 
+def method(report: EncoderReport) -> str:
+    """Name of the method, and of the coreset it was trained on."""
+    name, coreset = report.objective["name"], report.coreset
+    return f"{name}, {coreset['name']} {100 * coreset['fraction']:.3g} %" if coreset else name
+
+
 def rows(label: str, report: EncoderReport) -> list[str]:
     """One Markdown row per metric of the encoder that the run trained."""
     training = report.training
@@ -38,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         reports = [EncoderReport.load(folder) for folder in options.folders]
-        names = [report.objective["name"] for report in reports]
+        names = [method(report) for report in reports]
         labels = [  # two runs of one method are told apart by their folders
             name if names.count(name) == 1 else f"{name} ({folder.name})"
             for name, folder in zip(names, options.folders, strict=True)

@@ -6,10 +6,12 @@ same budget for contrast. With --dataset_name and --config: any image data set, 
     accelerate launch examples/pretrain.py
     accelerate launch examples/pretrain.py --config examples/configs/acl_cifar10.yaml --objective air --base dynacl
     accelerate launch examples/pretrain.py --dataset_name path/to/images --backbone resnet50 --image_size 64
+    accelerate launch examples/pretrain.py --dataset_name path/to/images --coreset rcs --coreset_fraction 0.1
 
 The output folder receives encoder/ (load it with AutoModel.from_pretrained), README.md (model card), report.json,
-curves.png, examples.png, trainer_state.json, runs/ (TensorBoard) and checkpoints; --resume_from_checkpoint true goes
-on after a kill.
+curves.png, examples.png, trainer_state.json, runs/ (TensorBoard) and checkpoints; with a coreset also coreset.png and
+a coreset-NNNN.json per selection, the last one as encoder/coreset.json. --resume_from_checkpoint true goes on after a
+kill.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import shutil
 import sys
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,21 +32,26 @@ from transformers import set_seed
 from hf_robust.attacks import PGD, frozen
 from hf_robust.checkpoints import latest_complete
 from hf_robust.cli import PretrainRun, parse_pretrain
+from hf_robust.coresets import Coreset, CoresetMethod, FullData
+from hf_robust.coresets.phases import CoresetPhases
 from hf_robust.data import ImageDataset, load_image_dataset
-from hf_robust.evaluation.environment import collect_environment, command_line
+from hf_robust.evaluation.coreset_pictures import plot_coresets
+from hf_robust.evaluation.environment import collect_environment, command_line, redact
 from hf_robust.evaluation.pictures import plot_curves, plot_examples
 from hf_robust.evaluation.probe import ProbeResult
 from hf_robust.evaluation.report import EncoderReport
-from hf_robust.image_sources import MissingSplitError
+from hf_robust.image_sources import MissingSplitError, find_image_column, find_label_column, open_split, read_labels
 from hf_robust.model_card import write_model_card
 from hf_robust.models.backbones import create_backbone
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
 from hf_robust.objectives import Objective, load_objective
+from hf_robust.objectives.base import check_fit
 from hf_robust.pretrainer import RobustPretrainer
 from hf_robust.views import Views
 
 DIGITS = Path(__file__).parent / "configs" / "digits_cpu.yaml"
 SHOWN = 5  # rows of examples.png
+PICTURES = ("curves.png", "examples.png", "coreset.png")
 
 
 def say(run: PretrainRun, text: str) -> None:
@@ -56,6 +64,33 @@ def dataset_title(run: PretrainRun) -> str:
     """The data set as cards and tables call it: a Hub id, or the last part of a path."""
     source = Path(run.data.dataset_name)
     return source.resolve().name if source.exists() else run.data.dataset_name
+
+
+class Undecoded(SimpleNamespace):
+    """What the checks before training read of a data set: its length, name, labels, num_classes."""
+
+    def __len__(self) -> int:
+        return self.images
+
+
+def check_before_decoding(run: PretrainRun, image_size: int) -> None:
+    """Refuse what the table of the images already shows: the trainer would, but decoding may take an hour."""
+    data, args = run.data, run.training
+    if data.dataset_name == "digits":  # decoded in a moment
+        return
+    table = open_split(data.dataset_name, data.split)
+    find_image_column(table.features, data.image_column, data.dataset_name)
+    column = find_label_column(table.features, data.label_column, data.dataset_name)
+    labels, _, classes = read_labels(table, column, data.dataset_name)
+    images = min(len(table), data.max_examples or len(table))
+    train = Undecoded(images=images, name=dataset_title(run), labels=labels, num_classes=classes)
+    model = SimpleNamespace(config=model_config(run, run.objective, image_size, classes))
+    check_fit(run.objective, model, train)
+    if len(table) and data.on_error == "raise":  # otherwise nobody knows yet how many images there are
+        args.check_batch(len(train))
+        run.coreset.check(run.objective, model, train)
+        batch = args.per_device_train_batch_size * args.world_size
+        CoresetPhases(run.coreset, train, batch, args.seed, args.num_train_epochs if args.max_steps <= 0 else 0.0)
 
 
 def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDataset | None]:
@@ -81,25 +116,35 @@ def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDat
     return train, evaluation
 
 
-def build_trainer(
-    run: PretrainRun, objective: Objective, image_size: int, train: ImageDataset, evaluation: ImageDataset | None
-) -> RobustPretrainer:
-    """Put model, objective, attack and data into the trainer."""
-    set_seed(run.training.seed)
-    config = RobustPretrainingConfig(
+def model_config(
+    run: PretrainRun, objective: Objective, image_size: int, classes: int | None
+) -> RobustPretrainingConfig:
+    """The network: backbone, norm branches, and a projector or, for supervised methods, a classifier."""
+    # Too few classes are refused by a check that knows the data set's name.
+    head = {"head": "classifier", "num_classes": max(2, classes or 0)} if objective.needs_labels else {}
+    return RobustPretrainingConfig(
         architecture=run.model.backbone,
         model_args=run.model_args,
         image_size=image_size,
         norm_branches=objective.norm_branches,
         projector_layers=run.model.projector_layers,
+        **head,
         **({} if run.model.normalize else {"mean": None, "std": None}),
     )
+
+
+def build_trainer(
+    run: PretrainRun, objective: Objective, image_size: int, train: ImageDataset, evaluation: ImageDataset | None
+) -> RobustPretrainer:
+    """Put model, objective, attack, coreset method and data into the trainer."""
+    set_seed(run.training.seed)
     return RobustPretrainer(
-        RobustModelForPreTraining(config),
+        RobustModelForPreTraining(model_config(run, objective, image_size, train.num_classes)),
         run.training,
         objective,
         run.attack,
         train_dataset=train,
+        coreset=run.coreset,
         eval_dataset=evaluation,
         views=Views(image_size, run.data.interpolation),
     )
@@ -108,10 +153,11 @@ def build_trainer(
 def train_contrast(
     run: PretrainRun, image_size: int, train: ImageDataset, evaluation: ImageDataset | None
 ) -> RobustPretrainer:
-    """Train the non-robust encoder with the same data, network and budget."""
+    """Train the non-robust encoder with the same data, network and budget; on all images, whatever the coreset."""
     folder = Path(run.training.output_dir, f"contrast_{run.model.contrast}")
-    run = dataclasses.replace(run, training=copy.copy(run.training))  # the main run keeps its own folder
-    run.training.output_dir = str(folder)
+    training = copy.copy(run.training)  # the main run keeps its own folder
+    training.output_dir = str(folder)
+    run = dataclasses.replace(run, training=training, coreset=FullData())
     trainer = build_trainer(run, load_objective(run.model.contrast)(), image_size, train, evaluation)
     going_on = run.training.resume_from_checkpoint and latest_complete(folder) is not None
     trainer.train(resume_from_checkpoint=going_on)
@@ -145,6 +191,64 @@ def write_examples(
         plot_examples(classifiers, images, chosen.labels, path, attack=attack, label_names=evaluation.label_names)
 
 
+def coreset_title(method: CoresetMethod) -> str:
+    """`RCS`, `Random`, `Stored`."""
+    return type(method).__name__.removesuffix("Coreset")
+
+
+def describe_coreset(trainer: RobustPretrainer) -> str:
+    """Such as "RCS 20 % of 1,423 images, after 2 epochs on all, every 2 epochs"."""
+    method, pool = trainer.phases.method, len(trainer.phases.pool)
+    warmup, interval = (f"{n:g} epoch{'s' * (n != 1)}" for n in (method.warmup_epochs, method.interval))
+    start = f", after {warmup} on all" if method.warmup_epochs else ""
+    often = f"every {interval}" if method.due(method.interval) else "chosen once"
+    return f"{coreset_title(method)} {100 * method.fraction:.3g} % of {pool:,} images{start}, {often}"
+
+
+def chosen_coresets(trainer: RobustPretrainer, folder: Path) -> list[Coreset]:
+    """The selections of this run, in order; files that an earlier one has left in the folder are not among them."""
+    epochs = [entry["paper_epoch"] for entry in trainer.state.log_history if "coreset_seconds" in entry]
+    files = [folder / f"coreset-{int(epoch):04d}.json" for epoch in epochs]
+    return [Coreset.load(file) for file in files if file.is_file()]
+
+
+def coreset_facts(trainer: RobustPretrainer) -> dict[str, Any] | None:
+    """The entry of the report about the coreset; none for full data."""
+    phases, method = trainer.phases, trainer.phases.method
+    if not method.chooses:
+        return None
+    return {
+        "name": coreset_title(method),
+        "parameters": dataclasses.asdict(method),
+        "fraction": method.fraction,
+        "effective_fraction": phases.rounds.length / len(phases.pool),
+        "images": phases.rounds.length,
+        "pool_images": len(phases.pool),
+        "validation_images": len(phases.validation),
+        "warmup_epochs": method.warmup_epochs,
+        "selections": sum("coreset_seconds" in entry for entry in trainer.state.log_history),
+        "selection_seconds": trainer.selection_seconds,
+        "training_seconds": trainer.training_seconds - trainer.selection_seconds,
+    }
+
+
+def training_facts(trainer: RobustPretrainer) -> dict[str, Any]:
+    """The entry of the report about the training."""
+    args = trainer.args
+    return {
+        "epochs": trainer.epoch,
+        "steps": trainer.state.global_step,
+        "batch_size": args.per_device_train_batch_size * args.world_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "optimizer": args.optimizer,
+        "learning_rate": args.learning_rate,
+        "precision": trainer.accelerator.mixed_precision.replace("no", "fp32"),
+        "seed": args.seed,
+        "seconds": trainer.training_seconds,
+        "processes": args.world_size,
+    }
+
+
 def write_report(
     run: PretrainRun,
     trainer: RobustPretrainer,
@@ -153,7 +257,7 @@ def write_report(
     environment: dict[str, Any],
 ) -> None:
     """Write report.json and, from it alone, the model card; beside the encoder and in the output folder."""
-    objective, args, config = trainer.objective, trainer.args, trainer.encoder_model.config
+    objective, config = trainer.objective, trainer.encoder_model.config
     base = getattr(objective, "base", None)
     parameters = {k: v for k, v in vars(objective).items() if k != "base"} | (vars(base) if base else {})
     dataset = dataset_title(run)
@@ -164,7 +268,7 @@ def write_report(
         name=name,
         architecture=config.architecture,
         exported_format=json.loads((folder / "encoder" / "config.json").read_text())["model_type"],
-        objective={"name": objective.title, "parameters": parameters},
+        objective={"name": objective.title, "parameters": parameters, "supervised": objective.needs_labels},
         model_args=config.model_args,
         image_size=config.image_size,
         norm_branch=trainer.encoder_branch,
@@ -175,31 +279,71 @@ def write_report(
             "hub_id": dataset if "/" in dataset else None,
         },
         threat_model=vars(attack) if attack else None,
-        training={
-            "epochs": trainer.state.epoch,
-            "steps": trainer.state.global_step,
-            "batch_size": args.per_device_train_batch_size * args.world_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "optimizer": args.optimizer,
-            "learning_rate": args.learning_rate,
-            "precision": trainer.accelerator.mixed_precision.replace("no", "fp32"),
-            "seed": args.seed,
-            "seconds": trainer.training_seconds,
-            "processes": args.world_size,
-        },
+        training=training_facts(trainer),
+        coreset=coreset_facts(trainer),
         results=rows,
         command=command_line(),
         date=date.today().isoformat(),
-        citation=objective.citation + ("\n\n" + base.citation if base else ""),
+        citation="\n\n".join(m.citation for m in (objective, base, run.coreset) if m is not None and m.citation),
         **environment,
     )
-    for picture in ("curves.png", "examples.png"):  # of this run, not of an earlier one in the same folder
-        (folder / "encoder" / picture).unlink(missing_ok=True)
-        if (folder / picture).is_file():
-            shutil.copy(folder / picture, folder / "encoder" / picture)
     for target in (folder, folder / "encoder"):
         report.save(target)
         write_model_card(report.to_dict(), target)
+
+
+def put_beside_encoder(trainer: RobustPretrainer, folder: Path) -> None:
+    """Copy the pictures and the last coreset into encoder/, which can then be pushed as it is."""
+    encoder = folder / "encoder"
+    for file in (*PICTURES, "coreset.json"):  # of this run, not of an earlier one in the same folder
+        (encoder / file).unlink(missing_ok=True)
+        if (folder / file).is_file():
+            shutil.copy(folder / file, encoder / file)
+    last = trainer.phases.current
+    if last is not None and trainer.phases.method.chooses:
+        dataclasses.replace(last, method=redact(last.method)).save(encoder / "coreset.json")
+
+
+def start_line(run: PretrainRun, trainer: RobustPretrainer, image_size: int) -> str:
+    """What is going to be trained, on what, for how long, against which attack."""
+    args, attack, images = run.training, run.attack, f"{len(trainer.train_dataset)} images of {run.data.dataset_name}"
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    attacked = "adv" in run.objective.norm_branches
+    budget = f"PGD-{attack.steps}, {attack.norm} {attack.eps * 255:.3g}/255" if attacked else "no attack"
+    coreset = f"; coreset: {describe_coreset(trainer)}" if run.coreset.chooses else ""
+    return (
+        f"{run.objective.title}: {run.model.backbone} {run.model_args or ''}, {images}, "
+        f"{image_size} x {image_size} pixels, {length}, {budget}{coreset}"
+    )
+
+
+def finish(
+    run: PretrainRun,
+    trainers: dict[str, RobustPretrainer],
+    train: ImageDataset,
+    evaluation: ImageDataset | None,
+    environment: dict[str, Any],
+) -> None:
+    """Measure, draw and report; the first trainer is the run's own, the others are its contrast."""
+    folder, (title, trainer) = Path(run.training.output_dir), next(iter(trainers.items()))
+    for picture in PICTURES:  # an earlier run may have left more of them than this one draws
+        (folder / picture).unlink(missing_ok=True)
+    chance = 1 / evaluation.num_classes if evaluation is not None else None
+    plot_curves({name: t.state.log_history for name, t in trainers.items()}, folder / "curves.png", chance=chance)
+    if run.coreset.chooses and (coresets := chosen_coresets(trainer, folder)):
+        plot_coresets(coresets, train, folder / "coreset.png")
+    results = {name: t.probe() for name, t in trainers.items()} if evaluation is not None else {}
+    if results:
+        write_examples(trainers, results, evaluation, folder / "examples.png")
+    if run.coreset.chooses:
+        results = {name if name == title else f"{name} (full data)": r for name, r in results.items()}
+    put_beside_encoder(trainer, folder)
+    write_report(run, trainer, results, folder, environment)
+    trainer.save_state()
+    if results:
+        print_table(results, evaluation.num_classes)
+    left = ["model card README.md", "report.json", *(p for p in PICTURES if (folder / p).is_file()), "encoder/"]
+    print(f"Output folder: {folder}  ({', '.join(left)})")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,6 +355,7 @@ def main(argv: list[str] | None = None) -> None:
         run.data.image_size
         or create_backbone(run.model.backbone, model_args=run.model_args).pretrained_cfg["input_size"][-1]
     )
+    check_before_decoding(run, image_size)
     train, evaluation = load_data(run, image_size)
     contrast = run.model.contrast not in ("none", run.objective.title.lower())
     stale = latest_complete(folder / f"contrast_{run.model.contrast}") if contrast else None
@@ -219,36 +364,17 @@ def main(argv: list[str] | None = None) -> None:
             f"{stale} is of an earlier run: go on with --resume_from_checkpoint true, or give another --output_dir"
         )
     trainer = build_trainer(run, run.objective, image_size, train, evaluation)
-    title = run.objective.title
-    args, attack = run.training, run.attack
-    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    attacked = "adv" in run.objective.norm_branches
-    budget = f"PGD-{attack.steps}, {attack.norm} {attack.eps * 255:.3g}/255" if attacked else "no attack"
-    say(
-        run,
-        f"{title}: {run.model.backbone} {run.model_args or ''}, {len(train)} images of {run.data.dataset_name}, "
-        f"{image_size} x {image_size} pixels, {length}, {budget}",
-    )
+    say(run, start_line(run, trainer, image_size))
     trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint)
-    trainers = {title: trainer}
+    trainers = {run.objective.title: trainer}
     if trainer.is_world_process_zero():
         trainer.save_encoder(folder / "encoder")
         print(f"The encoder is in {folder / 'encoder'}.")
     if contrast:
         other = train_contrast(run, image_size, train, evaluation)
         trainers[other.objective.title] = other
-    if not trainer.is_world_process_zero():
-        return
-    chance = 1 / evaluation.num_classes if evaluation is not None else None
-    plot_curves({name: t.state.log_history for name, t in trainers.items()}, folder / "curves.png", chance=chance)
-    results = {name: t.probe() for name, t in trainers.items()} if evaluation is not None else {}
-    if results:
-        write_examples(trainers, results, evaluation, folder / "examples.png")
-    write_report(run, trainer, results, folder, environment)
-    trainer.save_state()
-    if results:
-        print_table(results, evaluation.num_classes)
-    print(f"Output folder: {folder}  (model card README.md, report.json, curves.png, examples.png, encoder/)")
+    if trainer.is_world_process_zero():
+        finish(run, trainers, train, evaluation, environment)
 
 
 def run_or_exit(argv: list[str] | None = None) -> None:

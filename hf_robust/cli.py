@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from hf_robust.attacks import PGD, parse_budget
+from hf_robust.coresets import CoresetMethod, FullData, coreset_names, load_coreset_method
 from hf_robust.objectives import Objective, load_objective, objective_names
 from hf_robust.training_args import WITHOUT_EFFECT, RobustTrainingArguments
 
@@ -25,6 +26,8 @@ _GROUPS = {
     "PGD": "attack during training",
     "RobustTrainingArguments": "training",
 }
+
+_CORESET = "coreset_"  # the flags of a coreset method are its fields with this in front
 
 __all__ = ["DataArguments", "ModelArguments", "PretrainRun", "parse_pretrain"]
 
@@ -81,6 +84,7 @@ class PretrainRun:
         objective ([`Objective`]): the method with its hyper-parameters.
         attack ([`PGD`]): the training attack.
         training ([`RobustTrainingArguments`]): training knobs.
+        coreset ([`CoresetMethod`]): which images an epoch shows; default: all.
     """
 
     data: DataArguments
@@ -88,6 +92,7 @@ class PretrainRun:
     objective: Objective
     attack: PGD
     training: RobustTrainingArguments
+    coreset: CoresetMethod = field(default_factory=FullData)
 
     @property
     def model_args(self) -> dict[str, Any]:
@@ -107,7 +112,20 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 class _Parser(_ShortErrors, HfArgumentParser):
-    """Reads all flags."""
+    """Reads all flags; those it does not know are errors that say where they belong."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Values of all flags; see `argparse.ArgumentParser.parse_args`."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [action.dest for action in self._actions]
+            starts = [k for k, text in enumerate(unknown) if k == 0 or text.startswith("--")]
+            found = []
+            for start, end in zip(starts, [*starts[1:], None], strict=True):
+                key = unknown[start].partition("=")[0].removeprefix("--").replace("-", "_")
+                found.append(" ".join(unknown[start:end]) + _hint(key, known))
+            self.error(f"unrecognized arguments: {', '.join(found)}")
+        return parsed
 
 
 def parse_pretrain(
@@ -128,13 +146,15 @@ def parse_pretrain(
     first.add_argument("--config")
     first.add_argument("--objective")
     first.add_argument("--base")
+    first.add_argument("--coreset")
     first.add_argument("--dataset_name", "--dataset-name")
     chosen, _ = first.parse_known_args(argv)
     config = chosen.config or (str(default_config) if default_config and not chosen.dataset_name else None)
     values = _read_yaml(first, config) if config else {}
     name = str(chosen.objective or values.get("objective") or "acl")
     base = chosen.base or values.get("base")
-    values = {key: value for key, value in values.items() if key not in ("objective", "base")}
+    coreset = str(chosen.coreset or values.get("coreset") or "full")
+    values = {key: value for key, value in values.items() if key not in ("objective", "base", "coreset")}
     try:
         objective_type = load_objective(name)
         base_type = load_objective(str(base or "acl")) if _has_base(objective_type) else None
@@ -142,19 +162,44 @@ def parse_pretrain(
             raise ValueError(f"--base {base} has no meaning for {name}: only methods such as air stand on another")
         if base_type is not None and _has_base(base_type):
             raise ValueError(f"--base {base} stands on another method itself: give one that does not, such as acl")
+        coreset_type, path = _coreset_type(coreset)
     except ValueError as error:
         first.error(str(error))
-    types = [t for t in (DataArguments, ModelArguments, objective_type, base_type, PGD, RobustTrainingArguments) if t]
-    parser = _parser(types, description)
+    methods = [t for t in (objective_type, base_type) if t]
+    parser = _parser(
+        [DataArguments, ModelArguments, *methods, PGD, RobustTrainingArguments], coreset_type, description
+    )
     _set_defaults(parser, values, config)
     namespace = vars(parser.parse_args(argv))
     try:
-        return _build(namespace, objective_type, base_type)
+        method = _take(coreset_type, _prefix_removed(namespace), **path)
+        return _build(namespace, objective_type, base_type, method)
     except (ValueError, TypeError, ImportError) as error:
         parser.error(str(error))
 
 
-def _build(values: dict[str, Any], objective_type: type[Objective], base_type: type[Objective] | None) -> PretrainRun:
+def _coreset_type(text: str) -> tuple[type[CoresetMethod], dict[str, str]]:
+    """The class behind `NAME` or `NAME:PATH`; a method reads a file when it has a field `path`."""
+    name, colon, path = text.partition(":")
+    kind = load_coreset_method(name)
+    reads = any(f.name == "path" for f in dataclasses.fields(kind))  # type: ignore[arg-type]
+    if reads and not path:
+        raise ValueError(f"--coreset {text} names no file: write --coreset {name}:PATH, such as {name}:coreset.json")
+    if colon and not reads:
+        raise ValueError(f"--coreset {name} reads no file, got {text!r}: write --coreset {name}")
+    return kind, {"path": path} if reads else {}
+
+
+def _prefix_removed(values: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(_CORESET): value for key, value in values.items() if key.startswith(_CORESET)}
+
+
+def _build(
+    values: dict[str, Any],
+    objective_type: type[Objective],
+    base_type: type[Objective] | None,
+    coreset: CoresetMethod,
+) -> PretrainRun:
     nested = {"base": _take(base_type, values)} if base_type else {}
     model = _take(ModelArguments, values)
     if not isinstance(model.model_args, str):
@@ -171,6 +216,7 @@ def _build(values: dict[str, Any], objective_type: type[Objective], base_type: t
         objective=_take(objective_type, values, **nested),
         attack=_take(PGD, values),
         training=_take(RobustTrainingArguments, values),
+        coreset=coreset,
     )
 
 
@@ -183,14 +229,19 @@ def _has_base(kind: type[Objective]) -> bool:
     return any(f.name == "base" for f in dataclasses.fields(kind))
 
 
-def _parser(types: Sequence[type[Any]], description: str | None) -> argparse.ArgumentParser:
-    views = [_without_base(t) for t in types]
+def _parser(
+    types: Sequence[type[Any]], coreset: type[CoresetMethod], description: str | None
+) -> argparse.ArgumentParser:
+    views = [_as_flags(t, "base") for t in types]
     for view in views:
         view._argument_group_name = _GROUPS.get(view.__name__, f"method {view.__name__}")
+    chooser = _as_flags(coreset, "path", _CORESET)
+    chooser._argument_group_name = f"coreset {coreset.__name__}"
+    views.insert(-2, chooser)  # before the attack
     parser = _Parser(
         views,
         description=description,
-        usage="%(prog)s [--config FILE.yaml] [--objective METHOD] [--dataset_name NAME] [--flag value ...]",
+        usage="%(prog)s [--config FILE] [--objective METHOD] [--coreset METHOD] [--dataset_name NAME] [--FLAG VALUE]",
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
@@ -198,6 +249,8 @@ def _parser(types: Sequence[type[Any]], description: str | None) -> argparse.Arg
     parser.add_argument("--config", help="YAML file whose keys are these flags; flags override it.")
     parser.add_argument("--objective", default="acl", help=f"Method: {known}.")
     parser.add_argument("--base", help="Method that air regularises: acl (default) or dynacl.")
+    known = ", ".join(coreset_names()).replace("file", "file:PATH")
+    parser.add_argument("--coreset", default="full", help=f"Images that an epoch shows: {known}.")
     _separate_inherited(parser)
     for action in parser._actions:
         if action.dest in WITHOUT_EFFECT:
@@ -217,16 +270,18 @@ def _separate_inherited(parser: argparse.ArgumentParser) -> None:
     group._group_actions[:] = [a for a in group._group_actions if a.dest in own]
 
 
-def _without_base(kind: type[Any]) -> Any:
-    """The dataclass as the parser should see it: a nested objective is given by `--base` and flags of its own."""
-    if not any(f.name == "base" for f in dataclasses.fields(kind)):
+def _as_flags(kind: type[Any], left_out: str, prefix: str = "") -> Any:
+    """The dataclass as the parser should see it: without the field that another flag gives, names prefixed."""
+    fields = dataclasses.fields(kind)
+    if not prefix and all(f.name != left_out for f in fields):
         return kind
-    fields = [(f.name, f.type, f) for f in dataclasses.fields(kind) if f.name != "base"]
-    copies = [(n, t, field(default=f.default, metadata=f.metadata)) for n, t, f in fields]
-    view = dataclasses.make_dataclass(kind.__name__, copies)
-    view.__module__ = kind.__module__  # where the annotations are resolved
-    view.__doc__ = kind.__doc__
-    return view
+    types = get_type_hints(kind)  # resolved here, in the module of each annotation
+    copies = [
+        (prefix + f.name, types[f.name], field(default=f.default, metadata=f.metadata))
+        for f in fields
+        if f.name != left_out
+    ]
+    return dataclasses.make_dataclass(kind.__name__, copies)
 
 
 def _budget(text: str) -> float:
@@ -253,10 +308,17 @@ def _read_yaml(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}  # YAML reads the keys 1 and on as number and boolean
 
 
+def _flag_names(kind: type[Any], prefix: str = "") -> set[str]:
+    return {prefix + f.name for f in dataclasses.fields(kind)}
+
+
 def _hint(key: str, known: list[str]) -> str:
-    owners = [n for n in objective_names() if key in {f.name for f in dataclasses.fields(load_objective(n))}]
+    owners = [n for n in objective_names() if key in _flag_names(load_objective(n))]
     if owners:
         return f" (belongs to --objective {' or '.join(owners)})"
+    owners = [n for n in coreset_names() if key in _flag_names(load_coreset_method(n), _CORESET)]
+    if owners:
+        return f" (belongs to --coreset {' or '.join(owners)})"
     close = difflib.get_close_matches(key, known, 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -269,6 +331,8 @@ def _set_defaults(parser: argparse.ArgumentParser, values: dict[str, Any], path:
         parser.error(f"unknown key in {path}: {', '.join(hints)}; keys are the flags listed by --help")
     for key, value in values.items():
         action = known[key]
+        if value is None and key.startswith(_CORESET) and action.default is not None:
+            parser.error(f"{key} in {path} needs a value, got null: leave the line out for {action.default}")
         if isinstance(value, dict):
             value = json.dumps(value)
         elif isinstance(value, (int, float)) and (not isinstance(value, bool) or action.type in (int, float, _budget)):

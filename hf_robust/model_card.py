@@ -18,20 +18,22 @@ from .evaluation.report import EncoderReport, binomial_interval, describe_metric
 
 __all__ = ["model_card_data", "write_model_card"]
 
-_TAGS = ("adversarial-robustness", "contrastive-learning", "self-supervised-learning", "timm", "hf_robust")
+_TAGS = ("adversarial-robustness", "timm", "hf_robust")
+_SELF_SUPERVISED_TAGS = ("contrastive-learning", "self-supervised-learning")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 _PICTURES = (
     ("curves.png", "Loss terms, linear-probe accuracies and schedule over the training"),
     ("examples.png", "Images, the amplified change an attack makes, and the predictions before and after"),
+    ("coreset.png", "The coresets: their classes, images, how often images were chosen, beside a random choice"),
 )
 
 
 def write_model_card(report: EncoderReport | Mapping[str, Any], directory: str | os.PathLike[str]) -> Path:
     """Write `README.md` of an encoder from its report.
 
-    Pictures (`curves.png`, `examples.png`) are shown when they lie in `directory`; when they lie in its parent they
-    are copied first, so that the folder can be uploaded as it is.
+    Pictures (`curves.png`, `examples.png`, `coreset.png`) are shown when they lie in `directory`; when they lie in its
+    parent they are copied first, so that the folder can be uploaded as it is.
 
     Args:
         report (`EncoderReport` or `Mapping`): what is known about the encoder.
@@ -51,6 +53,7 @@ def write_model_card(report: EncoderReport | Mapping[str, Any], directory: str |
         _threat_model(report),
         _results(report),
         _recipe(report),
+        _coreset(report, directory),
         _pictures(directory),
         _limits(report),
         _citation(report),
@@ -74,12 +77,13 @@ def model_card_data(report: EncoderReport) -> ModelCardData:
     hub_id = _hub_id(report.dataset)
     objective = re.sub(r"[^a-z0-9]+", "-", str(report.objective.get("name") or "").lower()).strip("-")
     results = [entry for result in _own_results(report) for entry in _eval_results(result, report)]
+    kind = ("supervised-learning",) if report.objective.get("supervised") else _SELF_SUPERVISED_TAGS
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         license=report.license,
         datasets=[hub_id] if hub_id else None,
-        tags=[*_TAGS, *([objective] if objective else [])],
+        tags=[*_TAGS, *kind, *([objective] if objective else [])],
         model_name=report.name if results else None,
         eval_results=results or None,
     )
@@ -118,7 +122,8 @@ def _eval_results(result: dict[str, Any], report: EncoderReport) -> list[EvalRes
 def _introduction(report: EncoderReport) -> str:
     method, dataset = report.objective.get("name"), report.dataset.get("name")
     what = f"`{report.architecture}` image encoder"
-    how = f" pre-trained without labels{f' by {method}' if method else ''}{f' on {dataset}' if dataset else ''}"
+    labels = "with labels" if report.objective.get("supervised") else "without labels"
+    how = f" pre-trained {labels}{f' by {method}' if method else ''}{f' on {dataset}' if dataset else ''}"
     if report.threat_model:
         why = "It was trained on attacked images, so that classifiers on its features resist small changes."
     else:
@@ -269,6 +274,43 @@ def _recipe(report: EncoderReport) -> str:
     ]
     text = "## Training recipe\n\n" + _table(("what", "value"), [(a, _cell(b)) for a, b in rows if b is not None])
     return f"{text}\n\n{_fenced(report.command, 'bash')}" if report.command else text
+
+
+def _coreset(report: EncoderReport, directory: Path) -> str:
+    coreset = report.coreset
+    if not coreset:
+        return ""
+    parameters = ", ".join(f"{key}={value}" for key, value in (coreset.get("parameters") or {}).items())
+    method = f"{coreset.get('name')} ({parameters})" if parameters else coreset.get("name")
+    images, pool, seconds = (coreset.get(key) for key in ("images", "pool_images", "training_seconds"))
+    rows = [
+        ("method", method),
+        ("fraction asked for", _percent(coreset.get("fraction"))),
+        ("fraction chosen", _percent(coreset.get("effective_fraction"))),
+        ("images", images if pool is None else f"{images} of {pool}"),
+        ("validation images, never trained on", coreset.get("validation_images") or None),
+        ("selections", coreset.get("selections")),
+        ("selection seconds", _seconds(coreset.get("selection_seconds"))),
+        ("training seconds without selection", _seconds(seconds)),
+    ]
+    warmup = coreset.get("warmup_epochs")
+    start = f"After {warmup:g} epoch{'s' * (warmup != 1)} on all images, the" if warmup else "The"
+    text = f"## Coreset\n\n{start} training showed only a part of the images, chosen by {coreset.get('name')}.\n\n"
+    text += _table(("what", "value"), [(a, _cell(b)) for a, b in rows if b is not None])
+    if any((directory / folder / "coreset.json").is_file() for folder in (".", "encoder")):
+        text += (
+            "\n\nThe images of the last selection are listed in `coreset.json`; `--coreset file:coreset.json` of "
+            "`examples/pretrain.py` trains on them again."
+        )
+    return text
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.3g} %"
+
+
+def _seconds(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds:.1f}"
 
 
 def _pictures(directory: Path) -> str:

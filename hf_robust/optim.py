@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 __all__ = ["LARS", "make_optimizer", "paper_schedule", "step_decay", "warmup_cosine"]
+
+logger = logging.getLogger(__name__)
 
 
 class LARS(Optimizer):
@@ -179,8 +182,11 @@ def paper_schedule(
         milestones (`Sequence[float]`): with any, `step_decay` instead of warm-up and cosine.
 
     Returns:
-        `Callable[[int], float]`: step (from 0) to multiplier.
+        `Callable[[int], float]`: step (from 0) to multiplier. A warning is logged when the run ends in its warm-up.
     """
+    if warmup_epochs >= epochs and not milestones:
+        text = "the run of %.3g epochs ends inside the warm-up of %g, below the learning rate asked for: lower "
+        logger.warning(text + "--warmup_epochs", epochs, warmup_epochs)
 
     def multiplier(step: int) -> float:
         """Share of the peak."""

@@ -106,7 +106,8 @@ class RobustTrainer(Trainer):
                 # Norms cannot be computed on one image, and a contrastive loss has nothing to contrast it with.
                 args.dataloader_drop_last = True
             self._steps_per_round = args.steps_per_epoch(self.phases.rounds.length)
-        self._asked_length = (args.num_train_epochs, args.max_steps)
+            self._asked_length = (args.num_train_epochs, args.max_steps)
+            self._max_steps = self.phases.steps(*self._asked_length, self._steps_per_round)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_images, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.objective = objective
@@ -193,9 +194,6 @@ class RobustTrainer(Trainer):
         """Build the schedule; see `optim.paper_schedule`."""
         if self.lr_scheduler is None:
             args, epochs = self.args, self._epoch_at(num_training_steps)
-            if args.warmup_epochs >= epochs:
-                text = "the run of %.3g epochs ends inside the warm-up of %g: lower --warmup_epochs"
-                logger.warning(text, epochs, args.warmup_epochs)
             multiplier = paper_schedule(
                 self._epoch_at,
                 epochs,
@@ -304,14 +302,11 @@ class RobustTrainer(Trainer):
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._record, self._micro_step = LossRecord(self.args.device), (-1, 0)
         self.phases.restart()
-        if self.phases.method.chooses and self.args.max_steps <= 0:
-            rounds = self.phases.rounds.rounds(self.args.num_train_epochs)
-            self.args.max_steps = math.ceil(rounds * self._steps_per_round - 1e-9)
         if resume_from_checkpoint:
             checkpoints.check_run(resume_from_checkpoint, self.describe_run())
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
             self._earlier_seconds = _logged_seconds(state)
-            if 0 < self.args.max_steps <= state.global_step:
+            if 0 < self._max_steps <= state.global_step:
                 # The stock loop looks at max_steps after a step only: it would add one to a finished run.
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
@@ -319,7 +314,11 @@ class RobustTrainer(Trainer):
         if self.teacher is not None:
             share_from_first(self.teacher)  # the wrapper shares rank 0's weights of the model, but knows no teacher
         set_seed(self.args.seed, device_specific=True)  # one seed on all ranks would give all ranks the same dropout
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self.args.max_steps = self._max_steps
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.max_steps = self._asked_length[1]
 
     def describe_run(self) -> dict[str, str]:
         """Describe what a checkpoint must agree with to be resumed exactly."""

@@ -9,10 +9,12 @@ import pytest
 
 from hf_robust.attacks import PGD
 from hf_robust.cli import DataArguments, ModelArguments, PretrainRun, parse_pretrain
+from hf_robust.coresets import RCS, Coreset, FullData, RandomCoreset, StoredCoreset, coreset_names, load_coreset_method
 from hf_robust.objectives import load_objective, objective_names
 from hf_robust.objectives.acl import ACL
 from hf_robust.objectives.air import AIR
 from hf_robust.objectives.dynacl import DynACL
+from hf_robust.objectives.sat import SAT
 from hf_robust.objectives.simclr import SimCLR
 from hf_robust.training_args import WITHOUT_EFFECT, RobustTrainingArguments
 
@@ -52,7 +54,7 @@ def test_without_flags_every_default_is_the_dataclass_default():
     reference = RobustTrainingArguments()
     for field in dataclasses.fields(RobustTrainingArguments):
         assert getattr(run.training, field.name) == getattr(reference, field.name), field.name
-    assert run.model_args == {}
+    assert run.model_args == {} and run.coreset == FullData()
 
 
 @pytest.mark.parametrize("name", objective_names())
@@ -245,6 +247,8 @@ def test_objective_and_base_of_the_command_line_win(config):
         ("--mode s2s", "argument --mode: invalid choice: 's2s'"),
         ("--period 0.1", "unrecognized arguments: --period 0.1"),  # DynACL's, not ACL's
         ("--learning_rat 1", "unrecognized arguments: --learning_rat 1"),  # abbreviations hide typing errors
+        ("--learning-rat=1", "unrecognized arguments: --learning-rat=1 (did you mean 'learning_rate'?)"),
+        ("--period 0.1 --x 1 -2", "--period 0.1 (belongs to --objective dynacl), --x 1 -2"),
         ("--learning_rate -1", "learning_rate must be a number, 0 or more, got -1.0"),
         ("--learning_rate fast", "--learning-rate: invalid float value: 'fast'"),
         ("--steps -1", "steps must be 0 or more, got -1"),
@@ -259,6 +263,95 @@ def test_wrong_flags_are_errors(refused, argv, message):
 def test_an_objective_of_yaml_that_is_no_name_is_an_error(refused, config):
     assert "unknown objective '5': known objectives are" in refused("--config", config("objective: 5"))
     assert "unknown objective '5': known objectives are" in refused("--config", config("objective: air", "base: 5"))
+
+
+# ---------------------------------------------------------------------- coreset
+@pytest.fixture
+def stored(tmp_path):
+    """A coreset file: three of six images."""
+    path = tmp_path / "coreset.json"
+    Coreset([0, 2, 5], "RCS()", "tiny", 6, 6, 0.5, 0.5, 2.0, 2, 0.1).save(path)
+    return path
+
+
+@pytest.mark.parametrize("name", [name for name in coreset_names() if name != "file"])
+def test_every_coreset_method_on_disk_is_found_by_its_name(config, name):
+    assert parse_pretrain(["--coreset", name]).coreset == load_coreset_method(name)()
+    assert parse_pretrain(["--config", config(f"coreset: {name}")]).coreset == load_coreset_method(name)()
+    assert parse_pretrain(["--config", config("coreset: null")]).coreset == FullData()
+
+
+def test_flags_of_a_coreset_method_are_its_fields_with_a_prefix(config):
+    argv = "--coreset rcs --coreset_fraction 0.1 --coreset_warmup_epochs 2.5 --coreset-interval 3"
+    argv += " --coreset_validation_fraction 0.02 --coreset_candidates sample --coreset_attack_steps 1"
+    expected = RCS(0.1, 2.5, 3, 0.02, "sample", attack_steps=1, reattack=False)
+    for reattack in ("--coreset_reattack false", "--no_coreset_reattack", "--coreset_reattack=false"):
+        assert parse_pretrain(f"{argv} {reattack}".split()).coreset == expected
+    # the warm-up of the learning rate has the same name, without the prefix
+    run = parse_pretrain("--coreset random --coreset_refresh false --warmup_epochs 4".split())
+    assert run.coreset == RandomCoreset(refresh=False) and run.training.warmup_epochs == 4
+    lines = ("coreset: random", "coreset_fraction: 5.0e-2", "coreset_interval: 7", "coreset_refresh: no")
+    run = parse_pretrain(["--config", config(*lines), "--coreset_interval", "8"])
+    assert run.coreset == RandomCoreset(0.05, interval=8, refresh=False)
+    run = parse_pretrain(["--config", config("coreset: random", "seed: 3"), "--coreset", "rcs"])
+    assert run.coreset == RCS() and run.training.seed == 3
+    run = parse_pretrain("--objective sat --coreset rcs --augmentation resized_crop".split())
+    assert (run.objective, run.coreset) == (SAT("resized_crop"), RCS())
+
+
+def test_a_stored_coreset_is_named_by_its_file(config, stored):
+    assert parse_pretrain(["--coreset", f"file:{stored}"]).coreset == StoredCoreset(str(stored))
+    path = config(f"coreset: file:{stored}", "coreset_warmup_epochs: 2")
+    assert parse_pretrain(["--config", path]).coreset == StoredCoreset(str(stored), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--coreset rsc", "unknown coreset method 'rsc': did you mean 'rcs'? known are file, full, random, rcs"),
+        ("--coreset rcs:x.json", "--coreset rcs reads no file, got 'rcs:x.json': write --coreset rcs"),
+        ("--coreset file", "--coreset file names no file: write --coreset file:PATH"),
+        ("--coreset file:", "--coreset file: names no file: write --coreset file:PATH"),
+        ("--coreset file:no/such.json", "cannot read the coreset 'no/such.json' (No such file or directory)"),
+        (f"--coreset file:{__file__}", "is no coreset file"),
+        ("--coreset rcs --coreset_fraction 0", "coreset fraction must be in (0, 1], got 0.0"),
+        ("--coreset random --coreset_fraction 1.5", "coreset fraction must be in (0, 1], got 1.5"),
+        ("--coreset rcs --coreset_interval 2.5", "--coreset-interval: invalid int value: '2.5'"),
+        ("--coreset rcs --coreset_candidates image", "--coreset-candidates: invalid choice: 'image'"),
+        ("--coreset rcs --coreset_validation_fraction 0", "RCS needs validation images"),
+        ("--coreset_fraction 0.1", "--coreset_fraction 0.1 (belongs to --coreset random or rcs)"),
+        ("--coreset random --coreset-candidates=batch", "--coreset-candidates=batch (belongs to --coreset rcs)"),
+        ("--coreset rcs --coreset_refresh", "--coreset_refresh (belongs to --coreset random)"),
+        ("--coreset rcs --fraction 0.1", "--fraction 0.1 (did you mean 'coreset_fraction'?)"),
+    ],
+)
+def test_wrong_coresets_are_errors(refused, argv, message):
+    assert message in refused(*argv.split())
+
+
+def test_wrong_coresets_of_yaml_are_errors(refused, config):
+    message = refused("--config", config("coreset: random", "coreset_candidates: batch", "coreset_fractoin: 0.1"))
+    assert "'coreset_candidates' (belongs to --coreset rcs)" in message
+    assert "'coreset_fractoin' (did you mean 'coreset_fraction'?)" in message
+    assert "'coreset_path'" in refused("--config", config("coreset: file:x.json", "coreset_path: y.json"))
+    assert "coreset_fraction in " in refused("--config", config("coreset: rcs", "coreset_fraction: null"))
+    assert "unknown coreset method '0.2'" in refused("--config", config("coreset: 0.2"))
+
+
+@pytest.mark.parametrize("name", coreset_names())
+def test_help_shows_the_flags_of_the_chosen_coreset_method_alone(capsys, stored, name):
+    with pytest.raises(SystemExit):
+        parse_pretrain(["--coreset", f"file:{stored}" if name == "file" else name, "--help"])
+    text = capsys.readouterr().out
+    assert "full, random, rcs" in " ".join(text.split()) and "file:PATH" in text
+    kind = load_coreset_method(name)
+    own = {f.name for f in dataclasses.fields(kind)} - {"path"}
+    shown = set(re.findall(r"^  --coreset_(\w+) ", text, re.MULTILINE))
+    assert shown == own
+    assert (f"\ncoreset {kind.__name__}:\n" in text) is bool(own)
+    words = " ".join(text.split())
+    for field in dataclasses.fields(kind):
+        assert " ".join(field.metadata.get("help", "").split()) in words, field.name
 
 
 # ---------------------------------------------------------------------- default configuration

@@ -21,6 +21,8 @@ PUBLISHED = sorted(
     for method in ("acl", "dynacl", "acl_air", "dynacl_air")
     for data in ("cifar10", "cifar100", "stl10")
 )
+SELECTED = sorted(f"{method}_rcs_{data}" for method in ("acl", "dynacl") for data in ("cifar10", "cifar100", "stl10"))
+IMAGENET = ["acl_rcs_imagenet32", "sat_rcs_imagenet224", "sat_rcs_imagenet32"]
 # "ACL, train_simCLR.py: --lr 5.0", or "ours: why".
 SOURCE = re.compile(r"(?P<code>[A-Za-z]+), [\w/.-]+\.(py|sh|md): \S.*|ours: \S.*")
 BUDGET = re.compile(r"\d+/\d+")
@@ -81,7 +83,7 @@ def lines_without_source(text: str) -> list[str]:
 
 
 def test_one_file_per_published_run_and_the_small_ones():
-    assert [path.stem for path in FILES] == sorted([*PUBLISHED, "cifar10_cpu", "digits_cpu"])
+    assert [path.stem for path in FILES] == sorted([*PUBLISHED, *SELECTED, *IMAGENET, "cifar10_cpu", "digits_cpu"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -95,7 +97,7 @@ def test_well_formed(path):
         assert BUDGET.fullmatch(values[budget]), f"write {budget} as a fraction of 255"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *SELECTED, *IMAGENET])
 def test_every_value_of_a_published_run_names_its_source(name):
     assert lines_without_source((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")) == []
 
@@ -145,6 +147,48 @@ def test_published_runs_share_what_the_papers_share(name):
         assert "weight_scale" not in values and "period" not in values
 
 
+@pytest.mark.parametrize("name", SELECTED)
+def test_coreset_runs_are_those_of_the_method_with_a_selection(name):
+    """The recipe of RCS is that of AIR's repository for the method alone, plus the schedule of the selection."""
+    values = read((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    selection = {key: values.pop(key) for key in list(values) if key.startswith("coreset")}
+    assert selection == {
+        "coreset": "rcs",
+        "coreset_fraction": 0.2,
+        "coreset_warmup_epochs": 100,
+        "coreset_interval": 20,
+        "coreset_validation_fraction": 0.01,
+        "coreset_distance": "kl_minmax",
+        "coreset_head_step_size": 0.01,
+        "coreset_validation_steps": 3,
+        "coreset_variant": "fixed",
+    }
+    method, _, data = name.split("_")
+    alone = read((CONFIGS / f"{method}_air_{data}.yaml").read_text(encoding="utf-8"))
+    for values_of_air in ("lambda1", "lambda2", "formulation", "base"):
+        alone.pop(values_of_air, None)
+    alone.update(objective=method, output_dir=f"outputs/{name}")
+    values.pop("mode", None)
+    alone.pop("mode", None)
+    assert values == alone
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_runs(name):
+    values = read((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+    keys = ("num_train_epochs", "per_device_train_batch_size", "optimizer", "learning_rate", "weight_decay", "seed")
+    keys += ("eps", "step_size", "steps", "coreset_fraction", "coreset_warmup_epochs", "coreset_interval")
+    expected = {
+        "acl_rcs_imagenet32": (200, 512, "lars", 0.6, 1e-6, 1, "8/255", "2/255", 5, 0.05, 20, 10),
+        "sat_rcs_imagenet32": (100, 256, "sgd", 0.1, 5e-4, 7, "8/255", "2/255", 10, 0.1, 10, 10),
+        "sat_rcs_imagenet224": (90, 256, "sgd", 0.1, 1e-4, 7, "4/255", "8/765", 3, 0.1, 10, 10),
+    }
+    assert tuple(values[key] for key in keys) == expected[name]
+    assert Fraction("8/765") == Fraction(4, 255) * 2 / 3
+    assert values["coreset_validation_fraction"] == 0.005 and values["normalize"] is False
+    assert values.get("lr_milestones") == ([29, 59] if name.endswith("224") else None)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_command_line_reads_every_value_as_written(path):
     run = parse_pretrain(["--config", str(path)])
@@ -161,6 +205,10 @@ def test_the_command_line_reads_every_value_as_written(path):
             if key == "model_args"
             else [getattr(place, key) for place in places if hasattr(place, key)]
         )
+        if key == "coreset":
+            found, value = [type(run.coreset).__name__.lower()], value.lower()
+        elif key.startswith("coreset_"):
+            found = [getattr(run.coreset, key.removeprefix("coreset_"))]
         expected = float(Fraction(value)) if key in ("eps", "step_size") else value
         assert expected in found, f"{key}: wrote {value}, parsed {found}"
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from hf_robust.attacks import frozen
+from hf_robust.coresets import Coreset
 from hf_robust.hub import encoder_features, load_encoder
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
@@ -110,6 +112,132 @@ def test_mistakes_end_in_one_message(example, tmp_path, arguments, message, caps
     assert "Traceback" not in text
 
 
+CORESET = ["--coreset_fraction", "0.6", "--coreset_interval", "1", "--coreset_validation_fraction", "0.1"]
+
+
+def test_a_run_on_coresets_leaves_them_and_its_measures(example, tmp_path, capsys, monkeypatch):
+    folder, drawn = tmp_path / "out", []
+    original = example.plot_coresets
+    monkeypatch.setattr(example, "plot_coresets", lambda found, *rest: (drawn.append(found), original(found, *rest)))
+    folder.mkdir()
+    stale = Coreset([0, 1], "of an earlier run", "digits", 64, 64, 0.03, 0.03, 7.0, 9, 0.1)
+    stale.save(folder / "coreset-0007.json")
+    command = [*QUICK, "--dataset_name", "digits", "--output_dir", str(folder), "--contrast", "simclr"]
+    command += ["--per_device_train_batch_size", "16", "--max_steps", "-1", "--num_train_epochs", "3"]
+    command += ["--warmup_epochs", "0.5", "--steps", "2", "--coreset", "rcs", *CORESET, "--coreset_warmup_epochs", "1"]
+    command += ["--coreset_fraction", "0.4"]
+    example.main(command)
+    text = capsys.readouterr().out
+    assert "; coreset: RCS 40 % of 57 images, after 1 epoch on all, every 1 epoch\n" in text
+    assert "\nSimCLR (full data) " in text and "coreset.png" in text
+    chosen = [Coreset.load(folder / f"coreset-000{epoch}.json") for epoch in (1, 2)]
+    assert drawn == [chosen] and (folder / "encoder" / "coreset.png").stat().st_size > 0
+    assert Coreset.load(folder / "encoder" / "coreset.json") == chosen[-1]
+    report = json.loads((folder / "report.json").read_text())
+    assert {row["model"] for row in report["results"]} == {report["name"], "SimCLR (full data)"}
+    assert report["training"]["epochs"] == 3 and report["training"]["steps"] == 10  # the warm-up is 3 rounds of 2
+    coreset = report["coreset"]
+    assert (coreset["name"], coreset["images"], coreset["pool_images"], coreset["selections"]) == ("RCS", 23, 57, 2)
+    assert coreset["fraction"] == coreset["parameters"]["fraction"] == 0.4
+    assert coreset["effective_fraction"] == pytest.approx(23 / 57) and coreset["validation_images"] == 7
+    assert coreset["selection_seconds"] == pytest.approx(sum(c.seconds for c in chosen)) and (
+        coreset["selection_seconds"] + coreset["training_seconds"] == pytest.approx(report["training"]["seconds"])
+    )
+    state = json.loads((folder / "contrast_simclr" / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["max_steps"] == 12 and state["epoch"] == 3  # all 64 images, not the steps of the coreset
+    card = (folder / "encoder" / "README.md").read_text()
+    assert "## Coreset" in card and "](coreset.png)" in card and "--coreset file:coreset.json" in card
+    command += ["--contrast", "none", "--eval_split", "", "--resume_from_checkpoint", "true"]
+    example.main(command)  # nothing left to train
+    assert drawn[1] == chosen and json.loads((folder / "report.json").read_text())["coreset"]["selections"] == 2
+    assert Coreset.load(folder / "encoder" / "coreset.json") == chosen[-1]
+    capsys.readouterr()
+
+    again = [*QUICK, "--per_device_train_batch_size", "16", "--dataset_name", "digits", "--eval_split", ""]
+    again += ["--output_dir", str(tmp_path / "again"), "--save_strategy", "no"]
+    example.main([*again, "--coreset", f"file:{folder / 'encoder' / 'coreset.json'}"])
+    assert "; coreset: Stored 35.9 % of 64 images, chosen once\n" in capsys.readouterr().out
+    assert Coreset.load(tmp_path / "again" / "encoder" / "coreset.json").indices == chosen[-1].indices
+    example.main(again)  # the same folder without a coreset: nothing of the earlier run stays
+    assert not re.search(r"coreset:|coreset\.png", capsys.readouterr().out)
+    left = [path.name for path in (tmp_path / "again").rglob("*coreset*")]
+    card = (tmp_path / "again" / "encoder" / "README.md").read_text()
+    assert left == ["coreset-0000.json"] and "## Coreset" not in card and "coreset.json" not in card
+
+
+def test_a_supervised_run_on_a_random_subset(example, tmp_path, capsys):
+    command = [*QUICK, "--objective", "sat", "--coreset", "random", "--coreset_fraction", "0.5", "--eval_split", ""]
+    command += ["--coreset_refresh", "false", "--coreset_warmup_epochs", "0", "--dataset_name", "digits"]
+    example.main([*command, "--output_dir", str(tmp_path), "--learning_rate", "0.1"])
+    text = capsys.readouterr().out
+    assert "SAT: resnet10_cifar" in text and "; coreset: Random 50 % of 64 images, chosen once\n" in text
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["objective"]["supervised"] is True and report["coreset"]["parameters"]["refresh"] is False
+    assert "pre-trained with labels by SAT" in (tmp_path / "encoder" / "README.md").read_text()
+    weights = load_file(tmp_path / "encoder" / "model.safetensors")
+    assert not any("head" in name or "classifier" in name or "projector" in name for name in weights)
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    """A folder of 20 images of one colour each, without labels."""
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for k in range(20):
+        Image.new("RGB", (8, 8), (k * 10, 0, 0)).save(folder / f"{k}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--objective", "sat"], "SAT is supervised and 'plain' has no labels"),
+        (["--objective", "simclr", "--coreset", "rcs", *CORESET], "SimCLR has no loss by which RCS could choose"),
+        (["--coreset", "rcs", "--coreset_fraction", "0.3"], "has 6, fewer than the batch of 8"),
+        (["--coreset", "rcs", "--coreset_validation_fraction", "0.99"], "leaves 0 to train on and 20 to validate on"),
+        (["--coreset", "random", "--coreset_fraction", "0.5"], "warm-up of 100 epochs takes the whole training of 3"),
+        (["--coreset", "file:STORED"], "was chosen from 64 images of 'digits', and the training set has 20"),
+        (["--per_device_train_batch_size", "32"], "batch of 32 images.*larger than the data set, which has 20"),
+    ],
+)
+def test_what_the_table_shows_is_refused_before_any_image_is_decoded(
+    example, tmp_path, unlabelled, monkeypatch, arguments, message
+):
+    def decode(*_, **__):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(example, "load_image_dataset", decode)
+    Coreset([0, 1], "m", "digits", 64, 64, 0.03, 0.03, 7.0, 9, 0.1).save(tmp_path / "stored.json")
+    base = [*TINY, "--report_to", "none", "--output_dir", str(tmp_path / "out"), "--num_train_epochs", "3"]
+    base += ["--per_device_train_batch_size", "8", "--dataset_name", str(unlabelled), "--image_size", "8"]
+    with pytest.raises(SystemExit, match=message):
+        example.run_or_exit([*base, *(a.replace("STORED", str(tmp_path / "stored.json")) for a in arguments)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coreset", "rcs", *CORESET], "warm-up of 100 epochs takes the whole training of 2 steps: lower"),
+        (["--coreset", "random", "--coreset_fraction", "0.1"], "has 6, fewer than the batch of 32"),
+        (["--objective", "sat", "--max_examples", "1"], "SAT is supervised and 'digits' has images of one class"),
+    ],
+)
+def test_what_the_images_show_is_refused_before_training(example, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        example.run_or_exit([*QUICK, "--dataset_name", "digits", "--output_dir", str(tmp_path / "out"), *arguments])
+
+
+def test_compare_names_the_coreset(example, tmp_path):
+    spec = importlib.util.spec_from_file_location("compare_example", EXAMPLE.with_name("compare.py"))
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    values = {"name": "x", "architecture": "resnet18", "exported_format": "timm_wrapper", "objective": {"name": "ACL"}}
+    assert compare.method(compare.EncoderReport(**values)) == "ACL"
+    chosen = compare.EncoderReport(**values, coreset={"name": "RCS", "fraction": 0.05})
+    assert compare.method(chosen) == "ACL, RCS 5 %"
+
+
 def test_broken_images_and_sets_without_images_are_named(example, tmp_path, capsys):
     folder = tmp_path / "images"
     for name in ("a", "b"):
@@ -119,10 +247,10 @@ def test_broken_images_and_sets_without_images_are_named(example, tmp_path, caps
     broken = folder / "b" / "7.png"
     broken.write_bytes(broken.read_bytes()[:40])
     base = [*TINY, "--report_to", "none", "--output_dir", str(tmp_path / "out"), "--image_size", "8"]
+    base += ["--per_device_train_batch_size", "13", "--max_steps", "1"]
     with pytest.raises(SystemExit, match=r"row 37 of .*cannot be read as an image"):
         example.run_or_exit([*base, "--dataset_name", str(folder)])
-    quick = ["--per_device_train_batch_size", "13", "--max_steps", "1"]
-    example.run_or_exit([*base, *quick, "--dataset_name", str(folder), "--on_error", "skip"])
+    example.run_or_exit([*base, "--dataset_name", str(folder), "--on_error", "skip"])
     assert "39 images of" in capsys.readouterr().out
     import datasets
 

@@ -164,9 +164,62 @@ def test_pictures_are_shown_when_they_exist_and_come_along_from_the_parent(tmp_p
     assert "## Pictures" not in written(encoder)
     (tmp_path / "curves.png").write_bytes(b"parent")
     (encoder / "examples.png").write_bytes(b"own")
+    (tmp_path / "coreset.png").write_bytes(b"parent")
     text = written(encoder)
-    assert "](curves.png)" in text and "](examples.png)" in text
+    assert all(f"]({name}.png)" in text for name in ("curves", "examples", "coreset"))
     assert (encoder / "curves.png").read_bytes() == b"parent" and (encoder / "examples.png").read_bytes() == b"own"
+
+
+CORESET = {
+    "name": "RCS",
+    "parameters": {"fraction": 0.2, "interval": 2, "attack_steps": None},
+    "fraction": 0.2,
+    "effective_fraction": 0.19958,
+    "images": 284,
+    "pool_images": 1423,
+    "validation_images": 14,
+    "warmup_epochs": 2.0,
+    "selections": 5,
+    "selection_seconds": 12.34,
+    "training_seconds": 100.0,
+}
+
+
+def test_the_coreset_has_a_section_when_there_was_one(tmp_path: Path) -> None:
+    assert "oreset" not in written(tmp_path)
+    text = written(tmp_path, coreset=CORESET)
+    section = text.split("## Coreset")[1].split("## ")[0]
+    assert "After 2 epochs on all images, the training showed only a part of the images, chosen by RCS." in section
+    for row in (
+        "| method | RCS (fraction=0.2, interval=2, attack_steps=None) |",
+        "| fraction asked for | 20 % |",
+        "| fraction chosen | 20 % |",
+        "| images | 284 of 1423 |",
+        "| validation images, never trained on | 14 |",
+        "| selections | 5 |",
+        "| selection seconds | 12.3 |",
+        "| training seconds without selection | 100.0 |",
+    ):
+        assert row in section
+    assert "coreset.json" not in section
+    (tmp_path / "coreset.json").write_text("{}")
+    assert "--coreset file:coreset.json" in written(tmp_path, coreset=CORESET)
+    assert "coreset.json" not in written(tmp_path)  # left there by another run
+
+
+def test_a_coreset_of_which_little_is_known_shows_that_little(tmp_path: Path) -> None:
+    section = written(tmp_path, coreset={"name": "Stored", "images": 7}).split("## Coreset")[1].split("## ")[0]
+    assert "The training showed" in section and "| images | 7 |" in section
+    assert "None" not in section and "seconds" not in section and "validation" not in section
+
+
+def test_a_supervised_method_is_not_called_self_supervised(tmp_path: Path) -> None:
+    sat = ModelCard(written(tmp_path, objective={"name": "SAT", "parameters": {}, "supervised": True}))
+    assert "pre-trained with labels by SAT on digits" in sat.text and "without labels" not in sat.text
+    tags = set(sat.data.tags)
+    assert {"supervised-learning", "sat"} <= tags and not tags & {"contrastive-learning", "self-supervised-learning"}
+    acl = ModelCard(written(tmp_path))
+    assert "pre-trained without labels by ACL" in acl.text and "supervised-learning" not in acl.data.tags
 
 
 def test_tokens_never_appear(tmp_path: Path) -> None:

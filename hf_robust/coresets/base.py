@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -162,8 +162,11 @@ class CoresetMethod:
     - `fraction`: share of the pool to choose, in (0, 1];
     - `warmup_epochs`: epochs on the whole pool before the first selection;
     - `interval`: epochs from one selection to the next;
-    - `validation_fraction`: share of the training set that is kept out of training, for the selection.
+    - `validation_fraction`: share of the training set that is kept out of training, for the selection;
+    - `citation`: BibTeX of the method, for the model card.
     """
+
+    citation: ClassVar[str] = ""
 
     fraction: float
     warmup_epochs: float
@@ -174,6 +177,11 @@ class CoresetMethod:
     def chooses(self) -> bool:
         """Whether anything is left out; false for full data."""
         return self.fraction < 1 or self.validation_fraction > 0
+
+    @property
+    def provenance(self) -> str:
+        """The method and its settings, as coreset files name them."""
+        return repr(self)
 
     def split(self, images: int, seed: int) -> tuple[Tensor, Tensor]:
         """Set the validation images apart: uniform, without replacement.

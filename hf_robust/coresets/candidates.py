@@ -15,9 +15,9 @@ from hf_robust.objectives.base import StepContext
 
 from .base import SelectionTask
 from .head import Head, Outputs
-from .validation import ValidationDistance
+from .validation import ATTACK_SCALE, ValidationDistance
 
-__all__ = ["Candidates", "Minibatches", "Samples", "Scorer", "minibatches"]
+__all__ = ["Candidates", "Minibatches", "Samples", "Scorer", "minibatches", "process_count"]
 
 
 def minibatches(order: Tensor, size: int) -> list[Tensor]:
@@ -75,10 +75,10 @@ class Scorer:
             `Scored`: features in float32, without a graph.
         """
         task = self._task
-        generator = task.generator(f"candidate {number}")
         items = collate_images([task.dataset[int(k)] for k in rows])
-        batch = task.views({k: v.to(task.device) for k, v in items.items()}, generator)
-        context = StepContext(self._bound(self._attack, generator), task.progress, None, task.autocast)
+        batch = task.views({k: v.to(task.device) for k, v in items.items()}, task.generator(f"views {number}"))
+        attack = self._bound(self._attack, task.generator(f"attack {number}"))
+        context = StepContext(attack, task.progress, None, task.autocast)
         passes = task.objective.candidate_passes(task.model, batch, context)
         with torch.no_grad():
             features = [(branch, task.model.features(x, branch).float()) for branch, x in passes]
@@ -93,7 +93,7 @@ class Scorer:
         def bound(loss_fn: LossFn, x: Tensor) -> Tensor:
             def loss(images: Tensor) -> Tensor:
                 with self._task.autocast():
-                    return loss_fn(images)
+                    return loss_fn(images) * ATTACK_SCALE
 
             return attack(loss, x, generator=generator)
 
@@ -129,7 +129,7 @@ class Candidates:
         self._signature = signature if signature is not None else lambda gradients: gradients
         self._weights = head.weights  # theta', moves; candidates are compared at theta
         self._rows = list(rows)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
+        rank, world = (dist.get_rank() if process_count() > 1 else 0), process_count()
         self._local = list(range(rank, len(rows), world))
         self._score(scorer, first, tick)
 
@@ -230,12 +230,13 @@ class Samples(Candidates):
         return gradient
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def process_count() -> int:
+    """How many processes share the candidates."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _summed(values: Tensor) -> Tensor:
     """The sum over all processes; every process holds zeros where another one has scored."""
-    if _several():
+    if process_count() > 1:
         dist.all_reduce(values)
     return values

@@ -42,6 +42,11 @@ class StoredCoreset(CoresetMethod):
         """Whether the file leaves anything out."""
         return len(self._stored.indices) < self._stored.dataset_size
 
+    @property
+    def provenance(self) -> str:
+        """The method that chose the images."""
+        return self._stored.method
+
     def budget(self, pool: int, batch_size: int) -> int:
         """Images of the file."""
         return len(self._stored.indices)

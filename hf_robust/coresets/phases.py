@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,29 @@ class CoresetPhases:
                 f"{1 - 2 / images:.2g}, published is 0.01"
             )
 
+    def steps(self, epochs: float, max_steps: int, steps_per_round: int) -> int:
+        """Optimiser steps of a whole training.
+
+        Args:
+            epochs (`float`): its length as asked for.
+            max_steps (`int`): the same in steps; goes first when positive.
+            steps_per_round (`int`): optimiser steps of a round.
+
+        Returns:
+            `int`: -1 for full data without `max_steps`, where the stock trainer counts epochs itself.
+
+        Raises:
+            ValueError: if the training ends before the first coreset.
+        """
+        if not self.method.chooses or max_steps > 0:
+            if self.method.chooses and max_steps <= self.rounds.warmup * steps_per_round:
+                raise ValueError(
+                    f"the coreset warm-up of {self.method.warmup_epochs:g} epochs takes the whole training of "
+                    f"{max_steps} steps: lower --coreset_warmup_epochs, or raise --max_steps"
+                )
+            return max_steps
+        return math.ceil(self.rounds.rounds(epochs) * steps_per_round - 1e-9)
+
     def due(self, round: int) -> bool:
         """Whether a selection has to be made before a round; not again after a resume in the middle of one."""
         since = round - self.rounds.warmup
@@ -127,7 +151,7 @@ class CoresetPhases:
         previous, epoch = self.current, self.rounds.epoch(round)
         self.current = Coreset(
             indices=selection.indices.sort().values.tolist(),
-            method=repr(self.method),
+            method=self.method.provenance,
             dataset=self.dataset.name,
             dataset_size=len(self.dataset),
             pool_size=len(self.pool),

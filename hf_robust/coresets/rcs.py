@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -15,7 +15,7 @@ from hf_robust.models.folded import FoldedNetwork
 from hf_robust.objectives.base import Objective
 
 from .base import ChosenCoreset, Selection, SelectionTask
-from .candidates import Minibatches, Samples, Scorer, minibatches
+from .candidates import Minibatches, Samples, Scorer, minibatches, process_count
 from .greedy import greedy, largest_remainder
 from .head import Head
 from .validation import ValidationDistance
@@ -49,6 +49,13 @@ class RCS(ChosenCoreset):
     Source: Xu et al. 2023, "Efficient Adversarial Contrastive Learning via Robustness-Aware Coreset Selection";
         released code `RCS.py`. What we change: gradients in full, one step, exact budget, every validation image.
     """
+
+    citation: ClassVar[str] = """@inproceedings{xu2023rcs,
+  title     = {Efficient Adversarial Contrastive Learning via Robustness-Aware Coreset Selection},
+  author    = {Xu, Xilie and Zhang, Jingfeng and Liu, Feng and Sugiyama, Masashi and Kankanhalli, Mohan},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023}
+}"""
 
     validation_fraction: float = field(
         default=0.01,
@@ -127,7 +134,8 @@ class RCS(ChosenCoreset):
         released = self.variant == "released"
         kind, at_once = (Samples, task.batch_size) if self.candidates == "sample" else (Minibatches, 1)
         indices, gains = [], []
-        bar = tqdm(total=len(batches), desc="choosing a coreset", unit="minibatch", disable=not task.show_progress)
+        mine = sum(-(-len(chunk) // process_count()) for chunk in chunks)  # of the first process, which shows them
+        bar = tqdm(total=mine, desc="choosing a coreset", unit="minibatch", disable=not task.show_progress)
         with bar, ungathered():
             task = dataclasses.replace(task, model=FoldedNetwork(task.model))
             head = Head(task.model)

@@ -12,7 +12,11 @@ from hf_robust.losses import representational_distance
 from .base import SelectionTask
 from .head import Head, Outputs, Weights
 
-__all__ = ["ValidationDistance"]
+__all__ = ["ATTACK_SCALE", "ValidationDistance"]
+
+# The gradient of a mean over many images underflows in half precision, and an attack ignores the scale of its loss. A
+# power of two changes no bit in the other precisions.
+ATTACK_SCALE = 1024.0
 
 
 class ValidationDistance:
@@ -81,7 +85,7 @@ class ValidationDistance:
         def distance(images: Tensor) -> Tensor:
             with self._task.autocast():
                 found = self._task.model.features(images, self._attacked)
-            return representational_distance(clean, outputs(self._attacked, found), self._kind)
+            return representational_distance(clean, outputs(self._attacked, found), self._kind) * ATTACK_SCALE
 
         return self._attack(distance, x, generator=self._generator)
 

@@ -350,7 +350,8 @@ def _schedule_keys(runs: Mapping[str, History]) -> list[str]:
 
 def _series(history: History, key: str) -> Series:
     """Values of one key over epochs (steps without them), in the order of the log."""
-    points = [(entry.get("epoch", entry.get("step")), entry[key]) for entry in history if entry.get(key) is not None]
+    clocks = ("paper_epoch", "epoch", "step")  # with a coreset, "epoch" counts rounds of its size
+    points = [(next((e[c] for c in clocks if c in e), None), e[key]) for e in history if e.get(key) is not None]
     kept = [(float(x), float(y)) for x, y in points if x is not None and math.isfinite(float(y))]
     return [x for x, _ in kept], [y for _, y in kept]
 

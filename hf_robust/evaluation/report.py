@@ -130,7 +130,8 @@ class EncoderReport:
         name (`str`): the encoder's name in tables; a Hub id when it has one.
         architecture (`str`): timm architecture, e.g. `"resnet18_cifar"`.
         exported_format (`str`): `"timm_wrapper"` (stock timm can build it) or `"hf_robust_timm"`.
-        objective (`dict`): `name`, `parameters` (`dict`), *optional* `base` (the schedule or method it builds on).
+        objective (`dict`): `name`, `parameters` (`dict`), *optional* `base` (the schedule or method it builds on),
+            `supervised` (`bool`; default: trained without labels).
         model_args (`dict`): arguments of the architecture.
         image_size (`int`, *optional*): side of the input in pixels.
         norm_branch (`str`, *optional*): the norm branch that was exported, `"adv"` or `"clean"`.
@@ -141,6 +142,10 @@ class EncoderReport:
             `steps`; `None` for an encoder that was trained without an attack.
         training (`dict`): `epochs`, `steps`, `batch_size`, `optimizer`, `learning_rate`, `precision`, `seed`,
             `seconds`, `processes`.
+        coreset (`dict`, *optional*): of a training that did not show all images all the time: `name`, `parameters` of
+            the method that chose them, `fraction` (asked for) and `effective_fraction`, `images` chosen of
+            `pool_images`, `validation_images` set apart, `warmup_epochs` on all images, `selections`,
+            `selection_seconds`, and `training_seconds` without these.
         results (`list[dict]`): one entry per model and protocol: `model`, `metrics` (accuracies in [0, 1], names of
             `attack_metric_name`), `protocol`, `n_train`, `n_eval`, `seed`; *optional* `attack`, `dataset`, `split`.
             The entry whose `model` equals `name` is this encoder's, the others are its contrast.
@@ -169,6 +174,7 @@ class EncoderReport:
     dataset: dict[str, Any] = field(default_factory=dict)
     threat_model: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    coreset: dict[str, Any] | None = None
     results: list[dict[str, Any]] = field(default_factory=list)
     command: str | None = None
     commit: str | None = None

@@ -82,5 +82,6 @@ def _fuse(network: nn.Module) -> nn.Module:
         traced.set_submodule(str(source.target), fuse_conv_bn_eval(conv, norm))
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
     traced.recompile()
     return traced

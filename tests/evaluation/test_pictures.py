@@ -105,6 +105,15 @@ def test_a_long_run_is_drawn_as_its_running_mean(tmp_path: Path, figures: list[A
     assert all(abs(value - 4.0) < 0.1 for value in mean.get_ydata())
 
 
+def test_with_a_coreset_the_published_clock_is_drawn(tmp_path: Path, figures: list[Any]) -> None:
+    rounds = [{"loss": 3.0 - k, "epoch": 4.0 + k, "paper_epoch": 2.0 + k, "step": 9 * k} for k in range(3)]
+    full = [{"loss": 4.0 - k, "epoch": 2.0 + k, "step": 20 * k} for k in range(3)]
+    plot_curves({"RCS": rounds, "full": full}, tmp_path / "curves.png")
+    first, second = figures[0].axes[0].get_lines()[:2]
+    assert list(first.get_xdata()) == list(second.get_xdata()) == [2.0, 3.0, 4.0]
+    assert figures[0].axes[-1].get_xlabel() == "epoch"
+
+
 @pytest.mark.parametrize("nothing", [[], {}, [{"grad_norm": 1.0, "step": 1}]])
 def test_an_empty_history_is_refused(tmp_path: Path, nothing: Any) -> None:
     with pytest.raises(ValueError, match="log_history"):

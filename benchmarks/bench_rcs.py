@@ -1,0 +1,160 @@
+"""RCS: time of a selection over a full-data training epoch of the same network, overlap of what is chosen, memory.
+
+The epoch is the warm-up of a real training; every selection starts from the network it leaves. Modes: exact; exact
+with other random starts of the attacks on the same views (the noise of the method); exact with everything drawn anew;
+cheap: candidates scored with one attack step, validation images attacked once. Times are processor seconds, so that
+other processes on the machine matter less; on a GPU, wall seconds. Memory is the growth of the peak of the process
+during the first selection, beyond the peak of the training steps before, on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from hf_robust.attacks import PGD, frozen
+from hf_robust.coresets import RCS, SelectionTask
+from hf_robust.coresets.head import Head
+from hf_robust.data import ImageDataset, load_image_dataset
+from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
+from hf_robust.objectives.acl import ACL
+from hf_robust.pretrainer import RobustPretrainer
+from hf_robust.training_args import RobustTrainingArguments
+
+FRACTION = 0.1
+
+
+class StopAfterWarmup(TrainerCallback):
+    """Ends the training where the first selection would come."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop at the end of the last warm-up round."""
+        control.should_training_stop |= state.epoch >= self.rounds - 1e-6
+
+
+def clock() -> float:
+    """Processor seconds of this process; wall seconds on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.monotonic()
+    return time.process_time()
+
+
+def peak_bytes() -> int:
+    """Highest resident memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def images(options: argparse.Namespace) -> ImageDataset:
+    """Real ones when asked for, else random pixels."""
+    if options.dataset_name:
+        return load_image_dataset(options.dataset_name, max_examples=options.images, image_size=32)
+    pixels = torch.randint(0, 256, (options.images, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    return ImageDataset.from_tensors(pixels.to(torch.uint8))
+
+
+def trained(options: argparse.Namespace, method: RCS) -> tuple[RobustPretrainer, float]:
+    """A trainer at the end of its warm-up epoch, and the seconds of a full epoch."""
+    objective = ACL()
+    torch.manual_seed(0)
+    config = RobustPretrainingConfig(
+        architecture=options.backbone, model_args=options.model_args, norm_branches=objective.norm_branches
+    )
+    args = RobustTrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        num_train_epochs=2,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=2.5,
+        warmup_epochs=0.2,
+        bf16=options.bf16,
+        channels_last=True,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10**6,
+        disable_tqdm=True,
+    )
+    dataset = images(options)
+    trainer = RobustPretrainer(
+        RobustModelForPreTraining(config), args, objective, PGD(), train_dataset=dataset, coreset=method
+    )
+    rounds = trainer.phases.rounds
+    trainer.add_callback(StopAfterWarmup(rounds.warmup))
+    started = clock()
+    trainer.train()
+    seconds = clock() - started
+    return trainer, seconds * len(dataset) / (rounds.warmup * rounds.length)
+
+
+def selection(
+    trainer: RobustPretrainer, method: RCS, generator: Callable[[str], str] = lambda purpose: purpose, round: int = 0
+) -> tuple[set[int], float]:
+    """What a mode chooses from the present network, and its seconds; `generator` renames sources of randomness."""
+    found: dict[str, SelectionTask] = {}
+
+    def keep(number: int, task: SelectionTask) -> dict[str, float]:
+        found["task"] = task
+        return {}
+
+    trainer.phases.select, original = keep, trainer.phases.select  # type: ignore[method-assign]
+    trainer._select_coreset(round)
+    trainer.phases.select = original  # type: ignore[method-assign]
+    task = found["task"]
+    task = dataclasses.replace(task, generator=lambda purpose: found["task"].generator(generator(purpose)))
+    with frozen(trainer.model), torch.no_grad():
+        started = clock()
+        chosen = method.select(task).indices.tolist()
+        return set(chosen), clock() - started
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One training epoch and four selections."""
+    exact = RCS(fraction=FRACTION, warmup_epochs=1, interval=1, validation_fraction=0.01)
+    cheap = dataclasses.replace(exact, attack_steps=1, reattack=False)
+    trainer, epoch = trained(options, exact)
+    before = peak_bytes()
+    reference, seconds = selection(trainer, exact)
+    growth = peak_bytes() - before
+    batches = -(-len(trainer.phases.pool) // options.batch_size)
+    bound = min(exact.chunk_size, batches) * Head(trainer.model).length * 4
+
+    def other_starts(purpose: str) -> str:
+        return f"other {purpose}" if "attack" in purpose else purpose
+
+    modes = {
+        "rcs/exact": (reference, seconds),
+        "rcs/exact, other attack starts": selection(trainer, exact, other_starts),
+        "rcs/exact, all drawn anew": selection(trainer, exact, round=1),
+        "rcs/attacked once": selection(trainer, dataclasses.replace(exact, reattack=False)),
+        "rcs/cheap": selection(trainer, cheap),
+    }
+    results = []
+    for name, (chosen, cost) in modes.items():
+        ratio = cost / epoch
+        results.append(
+            {
+                "name": name,
+                "ratio": ratio,
+                "ratio_min": ratio,
+                "ratio_max": ratio,
+                "overlap_with_exact": len(chosen & reference) / len(reference),
+                "overlap_by_chance": FRACTION,
+                "seconds": cost,
+                "epoch_seconds": epoch,
+            }
+        )
+    results[0].update(peak_growth_bytes=growth, documented_bound_bytes=bound)
+    exact_ratios = [r["ratio"] for r in results[:3]]
+    results[0].update(ratio_min=min(exact_ratios), ratio_max=max(exact_ratios))
+    return results
