@@ -23,7 +23,7 @@ centre.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from .image_sources import MOST_CLASSES, find_image_column, find_label_column, o
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["EpochSampler", "ImageDataset", "collate_images", "epoch_order", "load_image_dataset"]
+__all__ = ["ImageDataset", "collate_images", "epoch_order", "load_image_dataset"]
 
 
 class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
@@ -182,38 +182,6 @@ def collate_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     if "label" in items[0]:
         batch["label"] = torch.tensor([item["label"] for item in items], dtype=torch.int64)
     return batch
-
-
-class EpochSampler(torch.utils.data.Sampler[int]):
-    """Shuffled indices whose order depends on (seed, epoch) and on nothing else.
-
-    It neither reads nor moves a global random state, so that a resumed run sees the order of an uninterrupted one.
-
-    Args:
-        length (`int`): number of items, at least 1; also the number of indices per epoch.
-        seed (`int`, defaults to 0): non-negative.
-
-    Raises:
-        `ValueError`: `length` below 1 or a negative seed.
-    """
-
-    def __init__(self, length: int, seed: int = 0) -> None:
-        if length < 1 or seed < 0:
-            raise ValueError(
-                f"EpochSampler needs length >= 1 and seed >= 0, got length={length}, seed={seed}: pass len(dataset) "
-                "of a data set that has items"
-            )
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (from 0) whose order the next iteration yields."""
-        self.epoch = int(epoch)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(epoch_order(self.length, self.seed, self.epoch).tolist())
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> Tensor:

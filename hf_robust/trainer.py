@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import os
 import time
 from collections.abc import Callable
@@ -101,6 +100,7 @@ class RobustTrainer(Trainer):
                 args.per_device_train_batch_size * args.world_size,
                 args.data_seed if args.data_seed is not None else args.seed,
                 args.num_train_epochs if args.max_steps <= 0 else 0.0,
+                whole_batches=args.dataloader_drop_last,
             )
             if self.phases.rounds.length % args.per_device_train_batch_size == 1:
                 # Norms cannot be computed on one image, and a contrastive loss has nothing to contrast it with.
@@ -225,13 +225,15 @@ class RobustTrainer(Trainer):
             autocast=self.accelerator.autocast,
             progress=self.progress,
             device=self.args.device,
+            workers=self.args.dataloader_num_workers,
             show_progress=not self.args.disable_tqdm and self.is_world_process_zero(),
         )
         with frozen(module), torch.no_grad():
             logs = self.phases.select(round, task)
-        if logs and self.args.should_save:
-            self.phases.write(str(self.args.output_dir))
         if logs:
+            if self.args.should_save:
+                self.phases.write(str(self.args.output_dir))
+            self._record.share(self.accelerator)
             self.log(logs)
 
     def originals(self, images: Tensor) -> Tensor:
@@ -251,11 +253,10 @@ class RobustTrainer(Trainer):
             average_buffers(self.teacher)
 
     def close_round(self, rounds: float) -> bool:
-        """Close a round, the last one maybe unfinished; tell whether an epoch, or the training, has ended with it."""
-        clock = self.phases.rounds  # rounds of a coreset warm-up are shorter than an epoch
-        before, now = clock.epoch(max(0, math.ceil(rounds - 1e-6) - 1)), clock.epoch(rounds)
+        """Close a round, the last one maybe unfinished; tell whether it is a time for a checkpoint per epoch."""
+        before, now, keep = self.phases.close(rounds)
         self.end_epoch(before, now)
-        return math.floor(now + 1e-6) > math.floor(before + 1e-6) or self.state.global_step >= self.state.max_steps
+        return keep or self.state.global_step >= self.state.max_steps
 
     def end_epoch(self, before: float, epoch: float) -> None:
         """Nothing here; subclasses probe."""
@@ -361,10 +362,9 @@ class RobustTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save and self.teacher is not None:
                 save_model(self.teacher, str(folder / _TEACHER_FILE))
-            if self.args.should_save:
-                self.phases.save(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                self.phases.save(folder)
                 checkpoints.write_run(folder, self.describe_run())
                 checkpoints.write_manifest(folder)
         except Exception as error:

@@ -33,7 +33,7 @@ WITHOUT_EFFECT = {
     "gradient_checkpointing": "the timm backbone would have to be told; lower the batch instead",
     "optim_args": "choose with --optimizer (lars, sgd, adamw)",
     "optim_target_modules": "every tensor is optimised",
-    "train_sampling_strategy": "images are shuffled by EpochSampler",
+    "train_sampling_strategy": "images are shuffled by CoresetSampler",
     "push_to_hub": "the stock push would upload the training model; upload the encoder folder instead",
 }
 
@@ -130,6 +130,9 @@ class RobustTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be a number, 0 or more, got {value!r}")
         if self.optimizer not in ("lars", "sgd", "adamw"):
             raise ValueError(f"optimizer must be lars, sgd or adamw, got {self.optimizer!r}")
+        milestones = self.lr_milestones or []
+        if any(not 0 < m for m in milestones) or sorted(set(milestones)) != milestones:
+            raise ValueError(f"lr_milestones must be rising positive epochs such as 30 60, got {milestones}")
         if "trackio" in (self.report_to or []) and importlib.util.find_spec("trackio") is None:
             raise ValueError('report_to="trackio" needs the package trackio: pip install trackio')
         if self.lr_granularity not in ("step", "epoch"):

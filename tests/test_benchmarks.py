@@ -18,8 +18,9 @@ def test_a_selection_is_measured_against_an_epoch(capsys):
     )
     results = {r["name"]: r for r in measure(options)}
     exact = results["rcs/exact"]
-    assert exact["overlap_with_exact"] == 1.0 and exact["overlap_by_chance"] == 0.1
+    assert exact["overlap"] == 1.0 and exact["overlap_by_chance"] == 0.1
     assert exact["ratio"] == exact["seconds"] / exact["epoch_seconds"] > 0
     assert exact["documented_bound_bytes"] == 16 * 4 * (8 * 8 * 3 + 8)  # 16 minibatches, three 8 x 8 layers, one bias
-    assert 0 <= results["rcs/exact, all drawn anew"]["overlap_with_exact"] < 1
-    assert set(results) >= {"rcs/cheap", "rcs/attacked once", "rcs/exact, other attack starts"}
+    assert 0 <= results["rcs/exact, all drawn anew"]["overlap"] < 1
+    assert results["rcs/single images"]["overlap"] == 1.0
+    assert set(results) >= {"rcs/cheap", "rcs/attacked once", "rcs/single images, all drawn anew"}

@@ -51,6 +51,7 @@ class Size:
     model_args: dict[str, Any]
     batch_size: int
     epochs: float
+    short_epochs: float  # on full data, about the time of RCS at fraction 0.1
     warmup_epochs: float  # on full data, before the first selection
     interval: int
     validation_fraction: float
@@ -68,6 +69,7 @@ SIZES = {
         model_args={"channels": [16, 32, 64, 128], "stem_stride": 2},
         batch_size=128,
         epochs=12,
+        short_epochs=6,
         warmup_epochs=3,
         interval=3,
         validation_fraction=0.02,
@@ -83,6 +85,7 @@ SIZES = {
         model_args={},
         batch_size=512,
         epochs=1000,
+        short_epochs=224,
         warmup_epochs=100,
         interval=20,
         validation_fraction=0.01,
@@ -98,6 +101,7 @@ SIZES = {
         model_args={"channels": [8, 8, 8, 8], "stem_stride": 2},
         batch_size=16,
         epochs=2,
+        short_epochs=1,
         warmup_epochs=1,
         interval=1,
         validation_fraction=0.1,
@@ -116,8 +120,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rcs_cheap": {"attack_steps": 1, "reattack": False},
     "rcs_val10": {"validation_fraction": 0.1},
 }
-COLORS = {"full": "black", "random_fixed": "tab:gray", "random_refresh": "tab:blue", "rcs": "tab:red"}
-PLOTTED = {"full": "full data", "random_fixed": "Random, fixed", "random_refresh": "Random, refreshed", "rcs": "RCS"}
+# name in the picture, colour, place of the fraction beside its point
+PLOTTED = {
+    "full": ("full data", "black", (6, 6)),
+    "full_short": ("full data, fewer epochs", "tab:green", (6, 6)),
+    "random_fixed": ("Random, fixed", "tab:gray", (-12, 10)),
+    "random_refresh": ("Random, refreshed", "tab:blue", (-26, -12)),
+    "rcs": ("RCS", "tab:red", (6, -12)),
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class Cell:
 
     def coreset(self, size: Size) -> CoresetMethod:
         """The method that chooses images; all choose from the same pool."""
-        if self.method == "full":
+        if self.method.startswith("full"):
             return FullData()
         schedule: dict[str, Any] = {
             "fraction": self.fraction,
@@ -158,6 +168,8 @@ def cells(seeds: int) -> Iterator[Cell]:
             yield from (Cell("acl", method, fraction, seed) for method in chosen)
         yield Cell("sat", "full", 1.0, seed)
         yield from (Cell("sat", method, 0.1, seed) for method in chosen)
+    for seed in range(1, seeds + 1):
+        yield Cell("acl", "full_short", 1.0, seed)
     for seed in range(1, seeds + 1):
         yield from (Cell("acl", method, 0.1, seed) for method in VARIANTS if method != "rcs")
 
@@ -188,7 +200,7 @@ def build(cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDataset,
     )
     args = RobustTrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=size.epochs,
+        num_train_epochs=size.short_epochs if cell.method == "full_short" else size.epochs,
         per_device_train_batch_size=size.batch_size,
         optimizer="sgd" if supervised else "lars",
         learning_rate=size.sat_learning_rate if supervised else size.acl_learning_rate,
@@ -250,6 +262,9 @@ def run(options: argparse.Namespace) -> None:
     for cell in cells(options.seeds):
         path, lock = results / f"{cell.name}.json", results / f"{cell.name}.lock"
         if path.exists() or (options.only and options.only not in cell.name) or not _claim(lock):
+            continue
+        if path.exists():  # finished by the other process in between
+            lock.unlink()
             continue
         print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
         found = run_cell(cell, size, train, evaluation, folder)
@@ -330,16 +345,16 @@ def plot(groups: dict[tuple[str, float], list[dict[str, Any]]], robust: str, tit
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     labels = {robust: "PGD-20 accuracy of the linear probe, %", "standard_accuracy": "standard accuracy, %"}
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
-        for method, name in PLOTTED.items():
+        for method, (name, color, offset) in PLOTTED.items():
             points = sorted((fraction, group) for (m, fraction), group in groups.items() if m == method)
             if not points:
                 continue
             x = [statistics.mean(r["cpu_seconds"] for r in g) for _, g in points]
             y = [100 * statistics.mean(r[key] for r in g) for _, g in points]
             spread = [100 * statistics.stdev(r[key] for r in g) if len(g) > 1 else 0.0 for _, g in points]
-            axis.errorbar(x, y, spread, marker="o", capsize=3, label=name, color=COLORS[method])
+            axis.errorbar(x, y, spread, marker="o", capsize=3, label=name, color=color)
             for (fraction, _), a, b in zip(points, x, y, strict=True):
-                axis.annotate(f"{fraction:g}", (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
+                axis.annotate(f"{fraction:g}", (a, b), textcoords="offset points", xytext=offset, fontsize=8)
         axis.set_xlabel("training and selection, processor seconds")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)

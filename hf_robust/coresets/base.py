@@ -16,7 +16,7 @@ from hf_robust.attacks import PGD
 from hf_robust.data import ImageDataset
 from hf_robust.objectives.base import Objective
 
-__all__ = ["ChosenCoreset", "Coreset", "CoresetMethod", "Selection", "SelectionTask"]
+__all__ = ["ChosenCoreset", "Coreset", "CoresetMethod", "Selection", "SelectionTask", "on_cpu"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class SelectionTask:
         validation (`torch.Tensor` of shape `(v,)`): positions of the validation split, never trained on.
         budget (`int`): how many images to choose, at most n.
         batch_size (`int`): images of a training step over all processes, the size of a candidate minibatch.
+        workers (`int`): processes that load images beside this one, as in training.
         views (`Callable`): uint8 images, labels and a generator in, the batch of the objective out.
         originals (`Callable`): uint8 images `(N, 3, H, W)` to floats in [0, 1] at the size of the views.
         attack ([`PGD`]): the training attack.
@@ -138,6 +139,7 @@ class SelectionTask:
     progress: float
     device: torch.device
     show_progress: bool = False
+    workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,15 @@ class Selection:
 
     indices: Tensor
     gains: list[float] = field(default_factory=list)
+
+
+def on_cpu(generator: torch.Generator) -> torch.Generator:
+    """A generator of the CPU with the seed of another one: its permutations do not depend on the device.
+
+    Args:
+        generator (`torch.Generator`): of any device, fresh from its seed.
+    """
+    return torch.Generator().manual_seed(generator.initial_seed())
 
 
 class CoresetMethod:

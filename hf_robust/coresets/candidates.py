@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,10 @@ from hf_robust.data import collate_images
 from hf_robust.objectives.base import StepContext
 
 from .base import SelectionTask
-from .head import Head, Outputs
+from .head import Head, Outputs, process_count
 from .validation import ATTACK_SCALE, ValidationDistance
 
-__all__ = ["Candidates", "Minibatches", "Samples", "Scorer", "minibatches", "process_count"]
+__all__ = ["Candidates", "Chunk", "Minibatches", "Samples", "Scorer", "minibatches"]
 
 
 def minibatches(order: Tensor, size: int) -> list[Tensor]:
@@ -64,6 +65,25 @@ class Scorer:
             attack = replace(attack, step_size=min(1.0, size) if attack.norm == "linf" else size, steps=attack_steps)
         self._attack = attack
 
+    def stream(self, minibatches: dict[int, Tensor]) -> Iterator[tuple[int, Scored]]:
+        """Score minibatches one after the other, loading ahead when the training does.
+
+        Args:
+            minibatches (`dict[int, torch.Tensor]`): number in this selection to positions in the training set.
+
+        Returns:
+            `Iterator[tuple[int, Scored]]`: in the order given.
+        """
+        loader = torch.utils.data.DataLoader(
+            self._task.dataset,
+            batch_sampler=[rows.tolist() for rows in minibatches.values()],
+            num_workers=self._task.workers,
+            collate_fn=collate_images,
+            generator=torch.Generator(),  # or it would draw a seed from the global state
+        )
+        for number, items in zip(minibatches, loader, strict=True):
+            yield number, self._score(items, number)
+
     def __call__(self, rows: Tensor, number: int) -> Scored:
         """Score one minibatch.
 
@@ -74,8 +94,10 @@ class Scorer:
         Returns:
             `Scored`: features in float32, without a graph.
         """
+        return self._score(collate_images([self._task.dataset[int(k)] for k in rows]), number)
+
+    def _score(self, items: dict[str, Tensor], number: int) -> Scored:
         task = self._task
-        items = collate_images([task.dataset[int(k)] for k in rows])
         batch = task.views({k: v.to(task.device) for k, v in items.items()}, task.generator(f"views {number}"))
         attack = self._bound(self._attack, task.generator(f"attack {number}"))
         context = StepContext(attack, task.progress, None, task.autocast)
@@ -100,38 +122,44 @@ class Scorer:
         return bound
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Minibatches that are searched together, and what they are searched with.
+
+    Args:
+        rows (`Sequence[torch.Tensor]`): positions of every minibatch.
+        first (`int`): number of the first one in this selection.
+        scorer ([`Scorer`]): attacks minibatches.
+        head ([`Head`]): whose gradients are compared.
+        validation ([`ValidationDistance`]): the other side.
+        tick (`Callable[[], Any]`): called after every minibatch and every pick.
+    """
+
+    rows: Sequence[Tensor]
+    first: int
+    scorer: Scorer
+    head: Head
+    validation: ValidationDistance
+    tick: Callable[[], Any] = lambda: None
+
+
 class Candidates:
     """Candidates of one chunk: their gains against the validation gradient, and the step that taking them means.
 
     Args:
-        rows (`Sequence[torch.Tensor]`): positions of every minibatch of the chunk.
-        first (`int`): number of the first minibatch in this selection.
-        scorer ([`Scorer`]): attacks minibatches.
-        head ([`Head`]): whose gradients are compared.
-        validation ([`ValidationDistance`]): the other side.
+        chunk ([`Chunk`]): the minibatches.
         step_size (`float`): eta' of the step after a pick.
         signature (`Callable`, *optional*): turns gradients `(K, length)` into what is compared.
-        tick (`Callable[[], None]`): called after every minibatch.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Tensor],
-        first: int,
-        scorer: Scorer,
-        head: Head,
-        validation: ValidationDistance,
-        step_size: float,
-        signature: Callable[[Tensor], Tensor] | None = None,
-        tick: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._head, self._validation, self._size = head, validation, step_size
+    def __init__(self, chunk: Chunk, step_size: float, signature: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._head, self._validation, self._size = chunk.head, chunk.validation, step_size
         self._signature = signature if signature is not None else lambda gradients: gradients
-        self._weights = head.weights  # theta', moves; candidates are compared at theta
-        self._rows = list(rows)
+        self._weights = chunk.head.weights  # theta', moves; candidates are compared at theta
+        self._rows = list(chunk.rows)
         rank, world = (dist.get_rank() if process_count() > 1 else 0), process_count()
-        self._local = list(range(rank, len(rows), world))
-        self._score(scorer, first, tick)
+        self._local = list(range(rank, len(self._rows), world))
+        self._score(chunk)
 
     @property
     def sizes(self) -> Tensor:
@@ -151,7 +179,7 @@ class Candidates:
         """Positions in the training set of the candidates taken, in order."""
         raise NotImplementedError
 
-    def _score(self, scorer: Scorer, first: int, tick: Callable[[], None]) -> None:
+    def _score(self, chunk: Chunk) -> None:
         raise NotImplementedError
 
     def _gains(self, direction: Tensor) -> Tensor:
@@ -164,13 +192,14 @@ class Candidates:
 class Minibatches(Candidates):
     """A candidate is a minibatch; its gradient is that of the mean loss (released)."""
 
-    def _score(self, scorer: Scorer, first: int, tick: Callable[[], None]) -> None:
+    def _score(self, chunk: Chunk) -> None:
         device = next(iter(self._head.weights.values())).device
         self._gradients = torch.empty(len(self._local), self._head.length, device=device)
-        for place, k in enumerate(self._local):
-            losses = scorer(self._rows[k], first + k).losses
+        chosen = {chunk.first + k: self._rows[k] for k in self._local}
+        for place, (_, scored) in enumerate(chunk.scorer.stream(chosen)):
+            losses = scored.losses
             self._gradients[place] = self._head.gradient(lambda outputs: losses(outputs).mean(), self._head.weights)  # noqa: B023
-            tick()
+            chunk.tick()
         self._signatures = self._signature(self._gradients)
 
     @property
@@ -198,11 +227,11 @@ class Samples(Candidates):
     Gradients are never written out: gains are derivatives of all losses along one direction.
     """
 
-    def _score(self, scorer: Scorer, first: int, tick: Callable[[], None]) -> None:
+    def _score(self, chunk: Chunk) -> None:
         self._scored = {}
-        for k in self._local:
-            self._scored[k] = scorer(self._rows[k], first + k)
-            tick()
+        for number, scored in chunk.scorer.stream({chunk.first + k: self._rows[k] for k in self._local}):
+            self._scored[number - chunk.first] = scored
+            chunk.tick()
         self._bounds = torch.tensor([0, *(len(r) for r in self._rows)]).cumsum(0).tolist()
 
     @property
@@ -228,11 +257,6 @@ class Samples(Candidates):
             weight = taken[self._bounds[k] : self._bounds[k + 1]] / len(picks)
             gradient += self._head.gradient(lambda out: (scored.losses(out) * weight).sum(), self._head.weights)  # noqa: B023
         return gradient
-
-
-def process_count() -> int:
-    """How many processes share the candidates."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _summed(values: Tensor) -> Tensor:

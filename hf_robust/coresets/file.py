@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from hf_robust.objectives.base import Objective
 from .base import Coreset, CoresetMethod, Selection, SelectionTask
 
 __all__ = ["StoredCoreset"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,6 +64,12 @@ class StoredCoreset(CoresetMethod):
             raise ValueError(
                 f"{self.path!r} was chosen from {self._stored.dataset_size} images of {self._stored.dataset!r}, and "
                 f"the training set has {len(dataset)}: train on the set (and --max_examples) it was chosen from"
+            )
+        if self._stored.dataset != dataset.name:
+            logger.warning(
+                "%s was chosen from %r, the training set is %r: the same positions mean the same images only if it is "
+                "the same set under another name",
+                *(self.path, self._stored.dataset, dataset.name),
             )
 
     def select(self, task: SelectionTask) -> Selection:

@@ -28,7 +28,8 @@ def greedy(
         `tuple[list[int], list[float]]`: the candidates in the order of the picks, each at most once, and their gains.
 
     Raises:
-        ValueError: if the budget is more than there is, or a gain is NaN.
+        ValueError: if the budget is more than there is.
+        FloatingPointError: if a gain is NaN or infinite.
 
     Source: Xu et al. 2023 (RCS), greedy search.
     """
@@ -41,8 +42,10 @@ def greedy(
     while missing > 0:
         present = gains().float().cpu()
         if not bool(torch.isfinite(present).all()):
-            raise ValueError(
-                "a gain of coreset selection is NaN or infinite: the network has diverged, lower --learning_rate"
+            broken = int((~torch.isfinite(present)).sum())
+            raise FloatingPointError(
+                f"{broken} of {len(present)} gains of a coreset selection are NaN or infinite: the network has "
+                "diverged; go on from an earlier checkpoint with a lower --learning_rate"
             )
         present = present.masked_fill(~left, float("-inf"))
         # descending and stable: of equal gains the first candidate, on every machine

@@ -6,15 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_robust.models.norm import use_branch
 
-__all__ = ["Head"]
+__all__ = ["Head", "process_count"]
 
 Weights = dict[str, Tensor]
 Outputs = Callable[[str, Tensor], Tensor]  # branch, features (N, D) -> head outputs (N, P)
+
+
+def process_count() -> int:
+    """How many processes share a selection."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class Head:

@@ -42,6 +42,8 @@ class CoresetPhases:
         batch_size (`int`): images of a training step over all processes.
         seed (`int`): of the data order.
         epochs (`float`): length of the training in epochs; 0: not known.
+        whole_batches (`bool`): rounds hold a whole number of batches, as they must where the last, short batch is
+            dropped: the coreset is then rounded to batches, so that all of it is trained on.
 
     Raises:
         ValueError: if the validation split leaves nothing to train on or is empty although the method wants one, a
@@ -49,7 +51,13 @@ class CoresetPhases:
     """
 
     def __init__(
-        self, method: CoresetMethod, dataset: ImageDataset, batch_size: int, seed: int, epochs: float
+        self,
+        method: CoresetMethod,
+        dataset: ImageDataset,
+        batch_size: int,
+        seed: int,
+        epochs: float,
+        whole_batches: bool = False,
     ) -> None:
         self.method, self.dataset, self.batch_size, self.seed = method, dataset, batch_size, seed
         self.pool, self.validation = method.split(len(dataset), seed)
@@ -65,6 +73,8 @@ class CoresetPhases:
                 f"the coreset warm-up of {method.warmup_epochs:g} epochs takes the whole training of {epochs:g}: "
                 "lower --coreset_warmup_epochs, or raise --num_train_epochs"
             )
+        if whole_batches and method.chooses:
+            length = min(max(1, round(length / batch_size)), len(self.pool) // batch_size) * batch_size
         self.rounds = Rounds(len(self.pool), length, method.warmup_epochs)
         self.sampler = CoresetSampler(self.pool, self.rounds, seed)
         self.current: Coreset | None = None
@@ -100,6 +110,22 @@ class CoresetPhases:
                 )
             return max_steps
         return math.ceil(self.rounds.rounds(epochs) * steps_per_round - 1e-9)
+
+    def close(self, rounds: float) -> tuple[float, float, bool]:
+        """What the end of a round means in epochs.
+
+        Args:
+            rounds (`float`): rounds trained so far; the last one may be unfinished.
+
+        Returns:
+            `tuple[float, float, bool]`: epoch at the beginning of the round and now, and whether a checkpoint per
+            epoch is due: in the warm-up, whose rounds are shorter, at the end of an epoch, afterwards of an interval.
+        """
+        number = max(0, math.ceil(rounds - 1e-6) - 1)
+        before, now = self.rounds.epoch(number), self.rounds.epoch(rounds)
+        since = number + 1 - self.rounds.warmup
+        ended = math.floor(now + 1e-6) > math.floor(before + 1e-6)
+        return before, now, ended and (since <= 0 or since % self.method.interval == 0)
 
     def due(self, round: int) -> bool:
         """Whether a selection has to be made before a round; not again after a resume in the middle of one."""

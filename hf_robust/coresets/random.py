@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .base import ChosenCoreset, Selection, SelectionTask
+from .base import ChosenCoreset, Selection, SelectionTask, on_cpu
 
 __all__ = ["RandomCoreset"]
 
@@ -31,6 +31,6 @@ class RandomCoreset(ChosenCoreset):
 
     def select(self, task: SelectionTask) -> Selection:
         """Draw `task.budget` images of the pool."""
-        generator = task.generator("random subset") if self.refresh else torch.Generator().manual_seed(task.seed)
-        order = torch.randperm(len(task.pool), generator=generator, device=generator.device).cpu()
+        drawn = on_cpu(task.generator("random subset")) if self.refresh else torch.Generator().manual_seed(task.seed)
+        order = torch.randperm(len(task.pool), generator=drawn)
         return Selection(task.pool[order[: task.budget]])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_robust.data import ImageDataset
@@ -14,13 +15,15 @@ from hf_robust.losses import DISTANCE_KINDS, ungathered
 from hf_robust.models.folded import FoldedNetwork
 from hf_robust.objectives.base import Objective
 
-from .base import ChosenCoreset, Selection, SelectionTask
-from .candidates import Minibatches, Samples, Scorer, minibatches, process_count
+from .base import ChosenCoreset, Selection, SelectionTask, on_cpu
+from .candidates import Chunk, Minibatches, Samples, Scorer, minibatches
 from .greedy import greedy, largest_remainder
-from .head import Head
+from .head import Head, process_count
 from .validation import ValidationDistance
 
 __all__ = ["RCS"]
+
+CHUNK_BYTES = 2**30  # of head gradients that are kept together
 
 
 @dataclass
@@ -40,11 +43,13 @@ class RCS(ChosenCoreset):
     updates one module under two names) and rounds the budget down to whole minibatches; it is refused where its
     signature vanishes, as it does for softmax cross-entropy. The default compares the whole gradients.
 
-    Memory beside that of a training step: `chunk_size` x (values of a head gradient) x 4 bytes for minibatches (0.3 GB
-    for ResNet-18's projector; twice that with the signatures of `"released"`); for single images `chunk_size` x
-    (images of a minibatch) x (features of all passes) x 4 bytes. The search is made chunk by chunk, independently,
-    the budget shared by largest remainder. Several processes score disjoint candidates; the attack on the validation
-    split is repeated on each.
+    Memory beside that of the model: a candidate minibatch is attacked whole, on one process, without weight gradients
+    (on P processes that is P times the images of a training step of one: `batch_size` lowers it); for minibatches
+    `chunk_size` x (values of a head gradient) x 4 bytes, 0.3 GB for 97 of them and ResNet-18's projector, plus the
+    signatures of `"released"`; for single images `chunk_size` x (images of a minibatch) x (values of the features of
+    all passes) x 4 bytes; one folded backbone per norm branch; the validation images as uint8. The search is made
+    chunk by chunk, independently, the budget shared by largest remainder. Several processes score disjoint
+    candidates; the attack on the validation split is repeated on each.
 
     Source: Xu et al. 2023, "Efficient Adversarial Contrastive Learning via Robustness-Aware Coreset Selection";
         released code `RCS.py`. What we change: gradients in full, one step, exact budget, every validation image.
@@ -83,8 +88,12 @@ class RCS(ChosenCoreset):
     reattack: bool = field(
         default=True, metadata={"help": "Attack the validation images again after every pick; false: once."}
     )
-    chunk_size: int = field(
-        default=100, metadata={"help": "Minibatches searched together; bounds the memory. Released on ImageNet: 100."}
+    chunk_size: None | int = field(
+        default=None,
+        metadata={"help": "Minibatches searched together; unset: what 1 GiB of gradients holds. Released: 100."},
+    )
+    batch_size: None | int = field(
+        default=None, metadata={"help": "Images of a candidate minibatch; unset: those of a training step."}
     )
 
     def __post_init__(self) -> None:
@@ -103,13 +112,16 @@ class RCS(ChosenCoreset):
             raise ValueError(f"coreset attack_steps must be 0 or more, got {self.attack_steps}")
         if self.validation_steps < 1:
             raise ValueError(f"coreset validation_steps must be 1 or more, got {self.validation_steps}")
-        if self.chunk_size < 1:
+        if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"coreset chunk_size must be 1 or more, got {self.chunk_size}")
+        if self.batch_size is not None and self.batch_size < 2:
+            raise ValueError(f"coreset batch_size must be 2 or more, got {self.batch_size}: images are contrasted")
 
     def budget(self, pool: int, batch_size: int) -> int:
         """To the nearest image; `"released"`: rounded down to whole minibatches."""
         if self.variant == "fixed":
             return super().budget(pool, batch_size)
+        batch_size = self.batch_size or batch_size
         return int(self.fraction * pool + 1e-9) // batch_size * batch_size
 
     def check(self, objective: Objective, model: Any, dataset: ImageDataset) -> None:
@@ -127,36 +139,43 @@ class RCS(ChosenCoreset):
 
     def select(self, task: SelectionTask) -> Selection:
         """Score one pass over the pool and search it, chunk by chunk."""
-        order = torch.randperm(len(task.pool), generator=task.generator("order"), device=task.device).cpu()
+        if task.budget == len(task.pool):
+            return Selection(task.pool)
+        task = dataclasses.replace(
+            task, model=FoldedNetwork(task.model), batch_size=self.batch_size or task.batch_size
+        )
+        # a generator of the CPU, so that every device sees the same candidates
+        order = torch.randperm(len(task.pool), generator=on_cpu(task.generator("order")))
         batches = minibatches(task.pool[order], task.batch_size)
-        chunks = [batches[k : k + self.chunk_size] for k in range(0, len(batches), self.chunk_size)]
-        budgets = largest_remainder(task.budget, [sum(len(rows) for rows in chunk) for chunk in chunks])
-        released = self.variant == "released"
-        kind, at_once = (Samples, task.batch_size) if self.candidates == "sample" else (Minibatches, 1)
-        indices, gains = [], []
-        mine = sum(-(-len(chunk) // process_count()) for chunk in chunks)  # of the first process, which shows them
-        bar = tqdm(total=mine, desc="choosing a coreset", unit="minibatch", disable=not task.show_progress)
+        head = Head(task.model)
+        size = self.chunk_size or max(1, CHUNK_BYTES // (4 * head.length))
+        chunks = {first: batches[first : first + size] for first in range(0, len(batches), size)}
+        budgets = largest_remainder(task.budget, [sum(len(rows) for rows in chunk) for chunk in chunks.values()])
+        # minibatches that the first process scores, then one attack on the validation images per pick
+        scored = sum(-(-len(chunk) // process_count()) for chunk in chunks.values())
+        picked = sum(-(-budget // task.batch_size) for budget in budgets)
+        bar = tqdm(total=scored + picked, desc="choosing a coreset", unit="step", disable=not task.show_progress)
         with bar, ungathered():
-            task = dataclasses.replace(task, model=FoldedNetwork(task.model))
-            head = Head(task.model)
             validation = ValidationDistance(task, head, self.distance, self.validation_steps, self.reattack)
             scorer = Scorer(task, self.attack_steps)
-            for number, (chunk, budget) in enumerate(zip(chunks, budgets, strict=True)):
-                if budget == 0:  # more chunks than images to choose
-                    bar.update(len(chunk))
-                    continue
-                candidates = kind(
-                    chunk,
-                    number * self.chunk_size,
-                    scorer,
-                    head,
-                    validation,
-                    # the released update runs through two names of one module
-                    self.head_step_size * (2 if released else 1),
-                    head.row_means if released else None,
-                    bar.update,
-                )
-                picks, found = greedy(candidates.gains, candidates.take, candidates.sizes, budget, at_once)
-                indices.append(candidates.images(picks)[:budget])
-                gains += found
-        return Selection(torch.cat(indices), gains)
+            parts = [
+                self._search(Chunk(rows, first, scorer, head, validation, bar.update), budget, task.batch_size)
+                for (first, rows), budget in zip(chunks.items(), budgets, strict=True)
+                if budget  # there may be more chunks than images to choose
+            ]
+        return Selection(torch.cat([p.indices for p in parts]), [gain for p in parts for gain in p.gains])
+
+    def _search(self, chunk: Chunk, budget: int, batch_size: int) -> Selection:
+        # the released update runs through two names of one module
+        step_size, signature = self.head_step_size, None
+        if self.variant == "released":
+            step_size, signature = 2 * step_size, chunk.head.row_means
+        kind, at_once = (Samples, batch_size) if self.candidates == "sample" else (Minibatches, 1)
+        candidates = kind(chunk, step_size, signature)
+
+        def gains() -> Tensor:
+            chunk.tick()
+            return candidates.gains()
+
+        picks, found = greedy(gains, candidates.take, candidates.sizes, budget, at_once)
+        return Selection(candidates.images(picks)[:budget], found)

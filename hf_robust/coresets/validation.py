@@ -10,13 +10,14 @@ from hf_robust.data import collate_images
 from hf_robust.losses import representational_distance
 
 from .base import SelectionTask
-from .head import Head, Outputs, Weights
+from .head import Head, Outputs, Weights, process_count
 
 __all__ = ["ATTACK_SCALE", "ValidationDistance"]
 
 # The gradient of a mean over many images underflows in half precision, and an attack ignores the scale of its loss. A
 # power of two changes no bit in the other precisions.
 ATTACK_SCALE = 1024.0
+OT_BLOCK = 256  # images whose transport is solved together, as released
 
 
 class ValidationDistance:
@@ -29,7 +30,8 @@ class ValidationDistance:
         task ([`SelectionTask`]): model and validation images.
         head ([`Head`]): the head of the model.
         kind (`str`): of `losses.representational_distance`.
-        steps (`int`): attack steps. All steps together reach 1.25 eps, as released (10/255 at eps = 8/255).
+        steps (`int`): attack steps. All steps together reach 1.25 eps, as released (10/255 at eps = 8/255); a single
+            step crosses the ball to x + eps sign(gradient), which is where the released single steps end.
         reattack (`bool`): attack anew after every pick (exact), or keep the first adversarial features and re-evaluate
             the head alone.
 
@@ -44,14 +46,16 @@ class ValidationDistance:
         self._clean = "clean" if "clean" in branches else branches[0]
         self._attacked = "adv" if "adv" in branches else branches[0]
         eps, norm = task.attack.eps, task.attack.norm
-        step_size = 1.25 * eps / max(1, steps)
+        step_size = (2.5 if steps == 1 else 1.25) * eps / max(1, steps)
         self._attack = PGD(eps, min(1.0, step_size) if norm == "linf" else step_size, steps, norm)
         self._generator = task.generator("validation attack")
-        self._images = []
-        for rows in task.validation.split(task.batch_size):
-            items = collate_images([task.dataset[int(k)] for k in rows])
-            self._images.append(task.originals(items["image"].to(task.device)))
-        self._features = [self._encode(x, self._clean) for x in self._images]
+        # as many at a time as one process trains on; optimal transport compares an image with all of its block
+        size = min(OT_BLOCK, task.batch_size) if kind == "ot" else -(-task.batch_size // process_count())
+        self._images = [  # uint8: a quarter of the memory of the pixels that are attacked
+            collate_images([task.dataset[int(k)] for k in rows])["image"].to(task.device)
+            for rows in task.validation.split(size)
+        ]
+        self._features = [self._encode(task.originals(x), self._clean) for x in self._images]
         self._adversarial: list[Tensor] = []
 
     def gradient(self, weights: Weights) -> Tensor:
@@ -66,15 +70,20 @@ class ValidationDistance:
         if self._reattack or not self._adversarial:
             outputs = self._head.outputs(weights)
             self._adversarial = [
-                self._encode(self._attack_batch(x, f, outputs), self._attacked)
+                self._encode(self._attack_batch(self._task.originals(x), f, outputs), self._attacked)
                 for x, f in zip(self._images, self._features, strict=True)
             ]
-        clean, adversarial = torch.cat(self._features), torch.cat(self._adversarial)
+        blocks = list(zip(self._features, self._adversarial, strict=True))
+        if self._kind != "ot":  # means over rows: one block is the same and faster
+            blocks = [(torch.cat(self._features), torch.cat(self._adversarial))]
+        images = sum(len(clean) for clean, _ in blocks)
 
         def distance(outputs: Outputs) -> Tensor:
-            return representational_distance(
-                outputs(self._clean, clean), outputs(self._attacked, adversarial), self._kind
-            )
+            distances = [
+                representational_distance(outputs(self._clean, c), outputs(self._attacked, a), self._kind) * len(c)
+                for c, a in blocks
+            ]
+            return torch.stack(distances).sum() / images
 
         return self._head.gradient(distance, weights)
 

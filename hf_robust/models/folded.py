@@ -54,11 +54,14 @@ def _fold(model: Any, branch: str) -> nn.Module:
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
     try:
         folded = _fuse(plain).eval().requires_grad_(False)
-        agrees = torch.allclose(folded(x), plain(x), rtol=1e-3, atol=1e-4)
+        expected = plain(x)
+        # One percent: convolutions in reduced precision (TF32) differ by a tenth of that, a wrong fold by far more.
+        agrees = bool((folded(x) - expected).norm() <= 1e-2 * expected.norm())
     except Exception as error:  # whatever tracing may raise on a network of a third party
         logger.info("the backbone is not folded: %s", error)
         return plain
     if not agrees:
+        logger.info("the backbone is not folded: its folded form differs on random images")
         return plain
     four = [p for p in plain.parameters() if p.dim() == 4]
     if four and all(p.is_contiguous(memory_format=torch.channels_last) for p in four):
