@@ -90,7 +90,9 @@ def check_before_decoding(run: PretrainRun, image_size: int) -> None:
         args.check_batch(len(train))
         run.coreset.check(run.objective, model, train)
         batch = args.per_device_train_batch_size * args.world_size
-        CoresetPhases(run.coreset, train, batch, args.seed, args.num_train_epochs if args.max_steps <= 0 else 0.0)
+        epochs, seed = (args.num_train_epochs if args.max_steps <= 0 else 0.0), args.data_seed or args.seed
+        phases = CoresetPhases(run.coreset, train, batch, seed, epochs, whole_batches=args.world_size > 1)
+        phases.steps(args.num_train_epochs, args.max_steps, args.steps_per_epoch(phases.rounds.length))
 
 
 def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDataset | None]:

@@ -153,7 +153,8 @@ def parse_pretrain(
     values = _read_yaml(first, config) if config else {}
     name = str(chosen.objective or values.get("objective") or "acl")
     base = chosen.base or values.get("base")
-    coreset = str(chosen.coreset or values.get("coreset") or "full")
+    written = str(values.get("coreset") or "full")
+    coreset = str(chosen.coreset or written)
     values = {key: value for key, value in values.items() if key not in ("objective", "base", "coreset")}
     try:
         objective_type = load_objective(name)
@@ -163,6 +164,9 @@ def parse_pretrain(
         if base_type is not None and _has_base(base_type):
             raise ValueError(f"--base {base} stands on another method itself: give one that does not, such as acl")
         coreset_type, path = _coreset_type(coreset)
+        if chosen.coreset:  # the file's own method may have flags that the one asked for instead has not
+            meant = _flag_names(_coreset_type(written)[0], _CORESET) - _flag_names(coreset_type, _CORESET)
+            values = {key: value for key, value in values.items() if key not in meant}
     except ValueError as error:
         first.error(str(error))
     methods = [t for t in (objective_type, base_type) if t]

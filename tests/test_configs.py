@@ -173,6 +173,17 @@ def test_coreset_runs_are_those_of_the_method_with_a_selection(name):
     assert values == alone
 
 
+@pytest.mark.parametrize("name", [*SELECTED, *IMAGENET])
+@pytest.mark.parametrize("control", ["random", "full"])
+def test_the_control_of_a_coreset_run_is_one_flag_away(name, control):
+    run = parse_pretrain(["--config", str(CONFIGS / f"{name}.yaml"), "--coreset", control])
+    assert type(run.coreset).__module__ == f"hf_robust.coresets.{control}"
+    if control == "random":
+        values = read((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
+        kept = ("fraction", "warmup_epochs", "interval", "validation_fraction")
+        assert [getattr(run.coreset, key) for key in kept] == [values[f"coreset_{key}"] for key in kept]
+
+
 @pytest.mark.parametrize("name", IMAGENET)
 def test_imagenet_runs(name):
     values = read((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
