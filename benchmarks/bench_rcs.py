@@ -1,6 +1,7 @@
 """RCS: time of a selection over a full-data training epoch of the same network, overlap of what is chosen, memory.
 
-The epoch is the warm-up of a real training; every selection starts from the network it leaves. Modes: exact; exact
+The epoch is one of a real training on all images, without its first step; every selection starts from the network it
+leaves. Modes: exact; exact
 with other random starts of the attacks on the same views (the noise of the method); exact with everything drawn anew;
 validation images attacked once; cheap: attacked once, and candidates scored with one attack step; single images as
 candidates, and the same with everything drawn anew. The overlap is that with the first selection of the same kind of
@@ -24,7 +25,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_robust.attacks import PGD, frozen
-from hf_robust.coresets import RCS, SelectionTask
+from hf_robust.coresets import RCS, CoresetMethod, FullData, SelectionTask
 from hf_robust.coresets.head import Head
 from hf_robust.data import ImageDataset, load_image_dataset
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
@@ -33,17 +34,6 @@ from hf_robust.pretrainer import RobustPretrainer
 from hf_robust.training_args import RobustTrainingArguments
 
 FRACTION = 0.1
-
-
-class StopAfterWarmup(TrainerCallback):
-    """Ends the training where the first selection would come."""
-
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop at the end of the last warm-up round."""
-        control.should_training_stop |= state.epoch >= self.rounds - 1e-6
 
 
 def clock() -> float:
@@ -67,36 +57,46 @@ def images(options: argparse.Namespace) -> ImageDataset:
     return ImageDataset.from_tensors(pixels.to(torch.uint8))
 
 
+class Watch(TrainerCallback):
+    """Time from the end of the first step, which also builds and allocates, to the end of the training."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start after the first step; go on after every other one."""
+        if state.global_step == 1:
+            self.started = clock()
+        self.seconds = clock() - self.started
+
+
 def trained(options: argparse.Namespace, method: RCS) -> tuple[RobustPretrainer, float]:
-    """A trainer at the end of its warm-up epoch, and the seconds of a full epoch."""
+    """A trainer that is about to choose, its network trained for an epoch on all images, and the seconds of that."""
     objective = ACL()
     torch.manual_seed(0)
     config = RobustPretrainingConfig(
         architecture=options.backbone, model_args=options.model_args, norm_branches=objective.norm_branches
     )
-    args = RobustTrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        num_train_epochs=2,
-        per_device_train_batch_size=options.batch_size,
-        learning_rate=2.5,
-        warmup_epochs=0.2,
-        bf16=options.bf16,
-        channels_last=True,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=10**6,
-        disable_tqdm=True,
-    )
-    dataset = images(options)
-    trainer = RobustPretrainer(
-        RobustModelForPreTraining(config), args, objective, PGD(), train_dataset=dataset, coreset=method
-    )
-    rounds = trainer.phases.rounds
-    trainer.add_callback(StopAfterWarmup(rounds.warmup))
-    started = clock()
-    trainer.train()
-    seconds = clock() - started
-    return trainer, seconds * len(dataset) / (rounds.warmup * rounds.length)
+    model, dataset, watch = RobustModelForPreTraining(config), images(options), Watch()
+
+    def trainer(coreset: CoresetMethod, epochs: int) -> RobustPretrainer:
+        """The same training but for the coreset."""
+        args = RobustTrainingArguments(
+            output_dir=tempfile.mkdtemp(),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=2.5,
+            warmup_epochs=0.2,
+            bf16=options.bf16,
+            channels_last=True,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=10**6,
+            disable_tqdm=True,
+        )
+        return RobustPretrainer(model, args, objective, PGD(), train_dataset=dataset, coreset=coreset)
+
+    full = trainer(FullData(), 1)
+    full.add_callback(watch)
+    full.train()
+    return trainer(method, 2), watch.seconds * len(dataset) / (len(dataset) - options.batch_size)
 
 
 def selection(
