@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet10_cifar", help="timm architecture.")
     parser.add_argument("--model_args", type=json.loads, default={"channels": [16, 32, 64, 128], "stem_stride": 2})
     parser.add_argument("--bf16", action="store_true", help="Attack and train in bfloat16.")
+    parser.add_argument("--short", action="store_true", help="Only the modes that matter most.")
     parser.add_argument("--threads", type=int, default=1, help="Threads of the process on a CPU.")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -15,6 +15,7 @@ def test_a_selection_is_measured_against_an_epoch(capsys):
         backbone="resnet10_cifar",
         model_args={"channels": [8, 8, 8, 8], "stem_stride": 2},
         bf16=False,
+        short=False,
     )
     results = {r["name"]: r for r in measure(options)}
     exact = results["rcs/exact"]
