@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_robust.optim import LARS, warmup_cosine
+from hf_robust.optim import LARS, make_optimizer, paper_schedule, step_decay, warmup_cosine
 
 CURVE = np.load(Path(__file__).parent / "data" / "released_schedule.npz")["lr"]
 
@@ -103,3 +103,26 @@ def test_schedule_at_its_edges() -> None:
     assert warmup_cosine(0, base_lr=1.0, warmup_epochs=0, epochs=10) == 1.0
     assert warmup_cosine(3, base_lr=1.0, warmup_epochs=10, epochs=2) == pytest.approx(0.3)  # cut off in the warm-up
     assert warmup_cosine(12, base_lr=1.0, warmup_epochs=1, epochs=10) == pytest.approx(1e-6)  # past the end
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate"), [(0, 0.1), (28.99, 0.1), (29, 0.01), (58.9, 0.01), (59, 0.001), (90, 0.001)]
+)
+def test_milestones_take_the_rate_to_a_tenth(epoch, rate):
+    """The released ImageNet-224 run: from the 30th and from the 60th epoch on, i.e. after 29 and 59."""
+    assert step_decay(epoch, 0.1, [29, 59]) == pytest.approx(rate)
+    schedule = paper_schedule(
+        lambda step: step / 100,
+        90,
+        base_lr=0.1,
+        warmup_epochs=0,
+        min_lr=1e-6,
+        granularity="step",
+        milestones=[29, 59],
+    )
+    assert schedule(round(epoch * 100)) == pytest.approx(rate / 0.1)
+
+
+def test_an_unknown_optimiser_is_an_error():
+    with pytest.raises(ValueError, match="optimizer must be lars, sgd or adamw, got 'adam'"):
+        make_optimizer("adam", [torch.nn.Parameter(torch.ones(1))], lr=1.0, momentum=0.9, weight_decay=0.0)

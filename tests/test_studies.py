@@ -52,7 +52,7 @@ def test_run_goes_on_where_it_stopped_and_report_tells_what_was_found(tmp_path, 
     capsys.readouterr()
     study.main(["report", "--output_dir", str(tmp_path)])
     text = capsys.readouterr().out
-    assert f"| SAT | rcs | 0.1 | 1 | {100 * record['standard_accuracy']:.1f} |" in text
+    assert f"| SAT | rcs | 0.1 | 46 | 1 | {100 * record['standard_accuracy']:.1f} |" in text
     assert (tmp_path / "time_against_accuracy_sat.png").stat().st_size > 10_000
 
 

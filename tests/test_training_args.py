@@ -201,3 +201,9 @@ def test_a_missing_logger_is_named_with_the_command_that_installs_it(monkeypatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package trackio: pip install trackio"):
         arguments(report_to="trackio")
+
+
+@pytest.mark.parametrize("milestones", [[30, 20], [0, 10], [-1], [10, 10]])
+def test_milestones_rise(tmp_path, milestones):
+    with pytest.raises(ValueError, match="lr_milestones must be rising positive epochs such as 30 60, got"):
+        RobustTrainingArguments(output_dir=str(tmp_path), report_to="none", lr_milestones=milestones)

@@ -7,7 +7,7 @@
 start it again after a kill and it goes on; start it in a second terminal and both share the list (one core each).
 `report` prints the table (mean and standard deviation over seeds) and draws time against accuracy.
 
---size cpu (default): 8,192 images, a thin ResNet-10, 12 epochs: about an hour on two undisturbed cores.
+--size cpu (default): 8,192 images, a thin ResNet-10, 12 epochs: about 2.5 hours of processor time, half on two cores.
 --size published: the whole CIFAR-10 training set, ResNet-18, 1000 epochs, for GPUs.
 
 Times are given in wall seconds and in processor seconds of the process: on a shared machine, compare the latter.
@@ -145,7 +145,7 @@ class Cell:
         return f"{self.objective}-{self.method}-{self.fraction:g}-seed{self.seed}"
 
     def coreset(self, size: Size) -> CoresetMethod:
-        """The method that chooses images; all choose from the same pool."""
+        """The method that chooses images; but for `rcs_val10`, all choose from the same pool."""
         if self.method.startswith("full"):
             return FullData()
         schedule: dict[str, Any] = {
@@ -259,6 +259,7 @@ def run(options: argparse.Namespace) -> None:
     columns = {"image_size": 32, "label_column": options.label_column, "image_column": options.image_column}
     train = load_image_dataset(options.dataset_name, "train", max_examples=size.images, **columns)
     evaluation = load_image_dataset(options.dataset_name, "test", **columns)
+    train.name = evaluation.name = Path(options.dataset_name).name  # no path of this machine in a result
     for cell in cells(options.seeds):
         path, lock = results / f"{cell.name}.json", results / f"{cell.name}.lock"
         if path.exists() or (options.only and options.only not in cell.name) or not _claim(lock):
@@ -310,24 +311,30 @@ def mean_and_spread(group: list[dict[str, Any]], key: str, scale: float = 1.0, d
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def split(group: list[dict[str, Any]], clock: str) -> tuple[float, float]:
+    """Mean seconds of training and of selection, by the wall or by the processor (`"cpu_"`)."""
+    selection = statistics.mean(r[f"selection_{clock}seconds"] for r in group)
+    return statistics.mean(r[f"{clock}seconds"] for r in group) - selection, selection
+
+
 def report(options: argparse.Namespace) -> None:
     """Print the table and draw the picture."""
     folder = Path(options.output_dir)
     groups = load_cells(folder)
     robust = next(k for k in next(iter(groups.values()))[0] if k.startswith("pgd20_"))
     print(
-        "| trains | images | share | seeds | standard, % | PGD-20, % | training, CPU s | selection, CPU s | speed-up |"
+        "| trains | method | share | images per epoch | seeds | standard, % | PGD-20, % "
+        "| wall s: training + selection | CPU s: training + selection | speed-up |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- " * 10 + "|")
     for (objective, method, fraction), group in sorted(groups.items()):
-        training = statistics.mean(r["cpu_seconds"] - r["selection_cpu_seconds"] for r in group)
-        selection = statistics.mean(r["selection_cpu_seconds"] for r in group)
+        wall, cpu = split(group, ""), split(group, "cpu_")
         full = groups.get((objective, "full", 1.0))
-        speed = statistics.mean(r["cpu_seconds"] for r in full) / (training + selection) if full else float("nan")
+        speed = f"{sum(split(full, 'cpu_')) / sum(cpu):.2f} x" if full else ""
         print(
-            f"| {objective.upper()} | {method} | {fraction:g} | {len(group)} "
+            f"| {objective.upper()} | {method} | {fraction:g} | {group[0]['images_per_round']} | {len(group)} "
             f"| {mean_and_spread(group, 'standard_accuracy', 100)} | {mean_and_spread(group, robust, 100)} "
-            f"| {training:.0f} | {selection:.0f} | {speed:.2f} x |"
+            f"| {wall[0]:.0f} + {wall[1]:.0f} | {cpu[0]:.0f} + {cpu[1]:.0f} | {speed} |"
         )
     for objective in sorted({key[0] for key in groups}):
         path = folder / f"time_against_accuracy_{objective}.png"

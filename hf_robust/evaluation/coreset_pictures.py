@@ -257,7 +257,7 @@ def _draw_never(axis: Any, coresets: Sequence[Coreset], dataset: ImageDataset, t
     never = np.flatnonzero(times == 0)
     outside = coresets[0].dataset_size - coresets[0].pool_size
     # Which images the validation split has is not stored, only how many.
-    title = f"Never chosen: {len(never) - outside:,}" + (f" + {outside:,} for validation" if outside else "")
+    title = f"Never chosen: {len(never) - outside:,}"
     if len(never) > outside:
         _draw_images(axis, title, dataset, never, (GRID_ROWS, GRID_COLUMNS))
         return

@@ -222,3 +222,19 @@ def test_a_pool_is_cut_into_minibatches(images, size, lengths):
     parts = minibatches(order, size)
     assert [len(part) for part in parts] == lengths
     assert torch.equal(torch.cat(parts), order)
+
+
+def test_images_loaded_ahead_are_the_same():
+    """With worker processes as in training; the global random state is left alone."""
+    here, ahead = Setting(ACL()), Setting(ACL())
+    rows = {10 + k: r for k, r in enumerate(ROWS)}
+    before = torch.get_rng_state()
+    with frozen(ahead.model), torch.no_grad():
+        scorer = Scorer(dataclasses.replace(ahead.task, workers=1), None)
+        found = list(scorer.stream(rows))
+        expected = list(Scorer(here.task, None).stream(rows))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [number for number, _ in found] == list(rows)
+    for (_, one), (_, other) in zip(found, expected, strict=True):
+        for (_, a), (_, b) in zip(one.features, other.features, strict=True):
+            assert torch.equal(a, b)

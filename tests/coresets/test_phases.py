@@ -12,6 +12,7 @@ from training import tiny_images
 
 from hf_robust.coresets import RCS, ChosenCoreset, Coreset, FullData, RandomCoreset, Selection, SelectionTask
 from hf_robust.coresets.phases import CoresetPhases, seeded_generator
+from hf_robust.data import ImageDataset
 
 
 @dataclass
@@ -262,3 +263,37 @@ def test_generators_are_told_apart_by_all_their_names():
     assert len(draws) == len(names)
     one, other = (torch.rand(3, generator=seeded_generator(CPU, 3, "coreset", 20)) for _ in range(2))
     assert torch.equal(one, other)
+
+
+def test_where_short_batches_are_dropped_a_coreset_is_whole_batches():
+    """Otherwise several processes would train on less than the log says."""
+    images = ImageDataset.from_tensors(torch.zeros(100, 3, 2, 2, dtype=torch.uint8))
+
+    def length(fraction: float, whole: bool) -> int:
+        method = RandomCoreset(fraction=fraction, warmup_epochs=1, interval=1)
+        return CoresetPhases(method, images, 8, 0, 10, whole_batches=whole).rounds.length
+
+    assert [length(f, False) for f in (0.1, 0.2, 0.99)] == [10, 20, 99]
+    assert [length(f, True) for f in (0.1, 0.19, 0.99)] == [8, 16, 96]
+    full = CoresetPhases(FullData(), images, 8, 0, 10, whole_batches=True)
+    assert full.rounds.length == 100
+
+
+def test_epochs_end_and_checkpoints_are_due():
+    """Three rounds of warm-up to the epoch, then one, with a selection every second one."""
+    images = ImageDataset.from_tensors(torch.zeros(24, 3, 2, 2, dtype=torch.uint8))
+    phases = CoresetPhases(RandomCoreset(fraction=1 / 3, warmup_epochs=2, interval=2), images, 4, 0, 10)
+    found = [phases.close(rounds) for rounds in range(1, 11)]
+    assert [keep for *_, keep in found] == [False, False, True, False, False, True, False, True, False, True]
+    assert [now for _, now, _ in found] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2, 3, 4, 5, 6])
+    assert phases.close(6.5) == (2.0, 2.5, False)
+
+
+def test_steps_of_a_training():
+    images = ImageDataset.from_tensors(torch.zeros(24, 3, 2, 2, dtype=torch.uint8))
+    phases = CoresetPhases(RandomCoreset(fraction=1 / 3, warmup_epochs=2, interval=2), images, 4, 0, 10)
+    assert phases.steps(10, -1, 2) == (6 + 8) * 2
+    assert phases.steps(10, 13, 2) == 13
+    with pytest.raises(ValueError, match="whole training of 12 steps: lower --coreset_warmup_epochs"):
+        phases.steps(10, 12, 2)
+    assert CoresetPhases(FullData(), images, 4, 0, 10).steps(10, -1, 6) == -1
