@@ -38,7 +38,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "models.encoder": ("models.backbones",),
     "objectives.*": ("objectives.*",),
     "coresets.*": ("coresets.base", "coresets.*"),
-    "evaluation.coreset_pictures": ("coresets.base",),
+    "evaluation.coreset_pictures": ("coresets.base", "evaluation.pictures"),
     "evaluation.report": ("evaluation.environment",),
     "evaluation.probe": ("evaluation.linear_probe", "evaluation.report"),
     "evaluation.pictures": ("evaluation.report",),

@@ -6,15 +6,16 @@ object API with the Agg backend: no window, no global figure state.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .pictures import INK, MUTED, picture_style
 
 if TYPE_CHECKING:
     from ..coresets.base import Coreset
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_coresets"]
 
-INK, MUTED, GRID = "#1f2933", "#67727e", "#e3e7ec"
 # Okabe and Ito's blue, and a grey of another lightness: also told apart without colours.
 CHOSEN, WHOLE = "#0072b2", "#b9c1ca"
 WIDTH = 9.0  # inches
@@ -51,7 +51,7 @@ def plot_coresets(coresets: Sequence[Coreset], dataset: ImageDataset, path: str 
         ValueError: without a coreset, for one of a data set of another size, or for selections of several runs.
     """
     _check(coresets, dataset)
-    with _style():
+    with picture_style():
         figure = _figure(sorted(coresets, key=lambda coreset: (coreset.epoch, coreset.round)), dataset)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,40 +311,3 @@ def _draw_overlap(axis: Any, coresets: Sequence[Coreset]) -> None:
     axis.set_ylabel("share of images")
     axis.set_title("Overlap with the coreset before", loc="left")
     axis.legend(loc="upper right", ncols=2)
-
-
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
-    """The look of the other pictures, independent of the user's settings, which come back afterwards."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "figure.dpi": 150,
-                "savefig.dpi": 150,
-                "figure.facecolor": "white",
-                "figure.constrained_layout.w_pad": 0.12,
-                "figure.constrained_layout.h_pad": 0.08,
-                "font.size": 10.5,
-                "axes.titlesize": 11.5,
-                "axes.titleweight": "bold",
-                "axes.edgecolor": MUTED,
-                "axes.labelcolor": INK,
-                "axes.grid": True,
-                "axes.axisbelow": True,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "grid.color": GRID,
-                "text.color": INK,
-                "text.parse_math": False,
-                "xtick.color": MUTED,
-                "ytick.color": MUTED,
-                "lines.linewidth": 1.9,
-                "lines.markersize": 4.0,
-                "legend.frameon": False,
-                "legend.fontsize": 9.5,
-            }
-        )
-        yield

@@ -66,7 +66,7 @@ def plot_curves(
             f"the history of {len(runs)} run(s) has no loss, probe accuracy or learning rate to draw: hand in "
             "trainer.state.log_history after at least one logged step"
         )
-    with _style():
+    with picture_style():
         from matplotlib.figure import Figure
 
         heights = [1.25 if name == "Linear probe" else 1.0 for name, _ in panels]
@@ -121,7 +121,7 @@ def plot_examples(
     if amplification is None:
         largest = max(float((x_adv - images).abs().max()) for x_adv, _, _ in columns.values())
         amplification = max(1.0, float(round(0.32 / largest))) if largest > 0 else 1.0
-    with _style():
+    with picture_style():
         truths = [_label_name(int(label), label_names) for label in labels]
         figure, axes = _grid(truths, len(classifiers), images.shape[-1] / images.shape[-2])
         _write_titles(figure, axes[0], list(classifiers), attack, amplification)
@@ -357,7 +357,7 @@ def _series(history: History, key: str) -> Series:
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def picture_style() -> Iterator[None]:
     """Our look, independent of the user's settings, which come back afterwards."""
     import matplotlib
 

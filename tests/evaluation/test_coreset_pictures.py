@@ -14,7 +14,8 @@ from PIL import Image
 
 from hf_robust.coresets.base import Coreset
 from hf_robust.data import ImageDataset, load_image_dataset
-from hf_robust.evaluation.coreset_pictures import _expected_times, _figure, _style, plot_coresets
+from hf_robust.evaluation.coreset_pictures import _expected_times, _figure, plot_coresets
+from hf_robust.evaluation.pictures import picture_style
 
 
 def coreset(
@@ -33,7 +34,7 @@ def dataset(size: int = 10, labels: list[int] | None = None, names: list[str] | 
 
 
 def draw(coresets: list[Coreset], data: ImageDataset) -> Any:
-    with _style():
+    with picture_style():
         figure = _figure(coresets, data)
         figure.draw_without_rendering()
     return figure
