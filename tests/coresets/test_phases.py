@@ -240,7 +240,8 @@ def test_a_validation_split_that_leaves_nothing_to_train_on_is_refused(fraction,
 def test_the_way_out_of_a_bad_split_is_one():
     """The bounds in the message are values that work."""
     for fraction in (1 / 40, 1 - 2 / 40):
-        make_phases(RandomCoreset(fraction=1, validation_fraction=fraction, warmup_epochs=1), batch_size=2)
+        phases = make_phases(RandomCoreset(fraction=1, validation_fraction=fraction, warmup_epochs=1), batch_size=2)
+        assert len(phases.pool) >= 2 and len(phases.validation) >= 1
 
 
 @pytest.mark.parametrize("epochs", [50.0, 100.0])
@@ -253,7 +254,7 @@ def test_a_warm_up_as_long_as_the_training_is_refused(epochs):
 
 
 def test_full_data_trains_for_any_time():
-    make_phases(FullData(), epochs=0.5)
+    assert not make_phases(FullData(), epochs=0.5).rounds.warmup
 
 
 # ---------------------------------------------------------------------- generators
