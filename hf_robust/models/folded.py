@@ -17,6 +17,8 @@ __all__ = ["FoldedNetwork"]
 
 logger = logging.getLogger(__name__)
 
+CACHE_PIXELS = 256 * 32 * 32  # of images that pass together on a CPU, so that they stay in its caches
+
 
 class FoldedNetwork:
     """Stands in for a pre-training model while its weights stand still; the same function up to rounding.
@@ -35,8 +37,12 @@ class FoldedNetwork:
         self._backbones = {branch: _fold(model, branch) for branch in model.switch.branches}
 
     def features(self, x: Tensor, branch: str) -> Tensor:
-        """Pooled features `(N, num_features)` of images `(N, 3, H, W)` in [0, 1]."""
-        return self._backbones[self.switch.check(branch)](self._model.normalize(x))
+        """Pooled features `(N, num_features)` of images `(N, 3, H, W)` in [0, 1]; on a CPU part by part."""
+        backbone, x = self._backbones[self.switch.check(branch)], self._model.normalize(x)
+        if x.device.type != "cpu":
+            return backbone(x)
+        at_once = max(1, CACHE_PIXELS // (x.shape[-2] * x.shape[-1]))
+        return torch.cat([backbone(part) for part in x.split(at_once)])
 
     def head(self, features: Tensor, branch: str) -> Tensor:
         """Head outputs `(N, P)` of features `(N, num_features)`."""

@@ -267,3 +267,19 @@ def test_copies_are_frozen_and_in_evaluation_mode(traceable):
         assert not any(m.training for m in backbone(network, branch).modules())
         assert not any(p.requires_grad for p in backbone(network, branch).parameters())
     assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_images_that_pass_part_by_part_on_a_cpu_give_the_same_features_and_input_gradients(monkeypatch, dtype):
+    model = trained_looking("cifar").to(dtype)
+    folded, x = FoldedNetwork(model), images(model, 7).requires_grad_(True)
+    sizes = []
+    folded._backbones["adv"].register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    whole = folded.features(x, "adv")
+    (expected,) = torch.autograd.grad(whole.square().sum(), x)
+    monkeypatch.setattr(folded_module, "CACHE_PIXELS", 3 * 16 * 16)
+    parts = folded.features(x, "adv")
+    (gradient,) = torch.autograd.grad(parts.square().sum(), x)
+    assert sizes == [7, 3, 3, 1]
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(gradient, expected)
