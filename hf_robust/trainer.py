@@ -302,7 +302,7 @@ class RobustTrainer(Trainer):
         resume_from_checkpoint = checkpoints.to_resume(str(self.args.output_dir), resume_from_checkpoint)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._record, self._micro_step = LossRecord(self.args.device), (-1, 0)
-        self.phases.restart()
+        self.phases.restart(None if resume_from_checkpoint or not self.args.should_save else self.args.output_dir)
         if resume_from_checkpoint:
             checkpoints.check_run(resume_from_checkpoint, self.describe_run())
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))

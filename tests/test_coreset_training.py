@@ -254,3 +254,21 @@ def test_a_head_of_the_other_kind_is_refused(tmp_path, objective, head, message)
     config = head or {"head": "classifier", "num_classes": 3}
     with pytest.raises(ValueError, match=message):
         tiny_trainer(tmp_path, objective, model=tiny_model(objective, **config))
+
+
+def test_coresets_that_an_earlier_run_left_in_the_folder_go_and_other_files_stay(tmp_path):
+    stale, other = tmp_path / "coreset-0077.json", tmp_path / "coreset-mine.json"
+    for file in (stale, other):
+        file.write_text("{}")
+    rcs_trainer(tmp_path, save_strategy="no").train()
+    assert not stale.exists() and other.exists()
+    assert (tmp_path / "coreset-0001.json").is_file()
+
+
+def test_a_resumed_run_keeps_the_coresets_it_has_chosen_so_far(tmp_path):
+    rcs_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
+    first = (tmp_path / "coreset-0001.json").read_bytes()
+    rcs_trainer(tmp_path, save_strategy="steps", save_steps=1).train(
+        resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS - 1}")
+    )
+    assert (tmp_path / "coreset-0001.json").read_bytes() == first

@@ -420,6 +420,23 @@ def test_optimal_transport_lies_above_the_exact_one_by_no_more_than_the_regulari
     assert cost.diagonal().mean().item() > exact + 0.15  # against matching each row with its own
 
 
+@pytest.mark.parametrize(("regularisation", "close"), [(0.1, 1e-9), (0.01, 2e-5)])
+def test_optimal_transport_is_that_of_a_library(regularisation: float, close: float) -> None:
+    import ot
+
+    n = 32
+    clean, adv = outputs(2, n)
+    cost = torch.tensor(transport_cost(clean.numpy(), adv.roll(3, 0).numpy()))
+    uniform = np.full(n, 1 / n)
+    theirs = ot.sinkhorn(
+        uniform, uniform, cost.numpy(), regularisation, method="sinkhorn_log", numItermax=10_000, stopThr=close
+    )
+    ours = _transport_plan(cost, regularisation, iterations=10_000, tolerance=close / 100)
+    # the released 1e-6 beside sums of 1 / n takes that share of the mass away
+    torch.testing.assert_close(ours, torch.from_numpy(theirs), atol=close, rtol=1e-5 * n)
+    assert (ours * cost).sum().item() == pytest.approx(float((theirs * cost.numpy()).sum()), rel=1e-4)
+
+
 def test_optimal_transport_does_not_see_the_order_of_a_batch() -> None:
     clean, adv = outputs(8, n=30)
     moved = representational_distance(clean, adv.flip(0), "ot")

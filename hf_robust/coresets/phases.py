@@ -243,6 +243,14 @@ class CoresetPhases:
             self.current = Coreset.load(path)
             self.sampler.indices = torch.tensor(self.current.indices)
 
-    def restart(self) -> None:
-        """Forget the present coreset, before a training starts anew or takes one up from a checkpoint."""
+    def restart(self, folder: str | Path | None = None) -> None:
+        """Forget the present coreset, before a training starts anew or takes one up from a checkpoint.
+
+        Args:
+            folder (`str` or `Path`, *optional*): an output folder, whose coreset files an earlier run has left: they
+                go, so that nobody takes them for those of the run that begins.
+        """
         self.current, self.sampler.indices = None, None
+        for file in Path(folder).glob("coreset-*.json") if folder is not None else ():
+            if file.stem.removeprefix("coreset-").isdigit():
+                file.unlink()
