@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Literal
 
@@ -83,9 +83,12 @@ class PGD:
         steps (`int`, defaults to 5, the published training attack): gradient steps; 0 returns the start.
         norm (`str`, defaults to `"linf"`): `"linf"` or `"l2"`.
         random_start (`bool`, defaults to `True`): start uniformly inside the ball rather than at the image.
+        start_std (`float`, *optional*): start at Gaussian noise of this standard deviation around the image instead,
+            in pixels of [0, 1], clipped neither to the ball nor to the image range; TRADES takes 0.001.
 
     Raises:
-        ValueError: for a budget outside its range, a negative number of steps or an unknown norm.
+        ValueError: for a budget outside its range, a negative number of steps, an unknown norm, or a `start_std` that
+            is not positive or stands beside `random_start=False`.
 
     Source: Madry et al. 2018; the order of operations (uniform start not clipped to the image range, step, ball,
         box, last iterate) follows the released ACL code, `train_simCLR.py` and `ACL_RCS.py` (`PGD_contrastive`).
@@ -96,6 +99,15 @@ class PGD:
     steps: int = field(default=5, metadata={"help": "Gradient steps of the training attack (published: 5)."})
     norm: Literal["linf", "l2"] = field(default="linf", metadata={"help": "Threat model: linf or l2."})
     random_start: bool = field(default=True, metadata={"help": "Start at a random point of the ball."})
+    start_std: None | float = field(
+        default=None,
+        metadata={"help": "Gaussian start of this standard deviation instead of the uniform one; TRADES: 0.001."},
+    )
+
+    def __repr__(self) -> str:
+        # Checkpoints are compared by this text: those written before there was a Gaussian start still resume.
+        shown = [f for f in fields(self) if f.name != "start_std" or self.start_std is not None]
+        return f"PGD({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
@@ -112,6 +124,16 @@ class PGD:
             raise ValueError(f"step_size must be in (0, 1], got {self.step_size}: for 2 grey levels write 2/255")
         if self.steps < 0:
             raise ValueError(f"steps must be 0 or more, got {self.steps}")
+        if self.start_std is not None:
+            if not 0 < self.start_std < float("inf"):
+                raise ValueError(
+                    f"start_std must be positive, got {self.start_std}: TRADES takes 0.001; leave it out for a start "
+                    "anywhere in the ball"
+                )
+            if not self.random_start:
+                raise ValueError(
+                    f"start_std={self.start_std} asks for a random start, random_start=False for none: leave one out"
+                )
 
     def __call__(
         self, loss_fn: LossFn, x: Tensor, start: Tensor | None = None, *, generator: torch.Generator | None = None
@@ -164,6 +186,8 @@ class PGD:
         generator = generator or _generator_like_global(x.device)
         # Contiguous on purpose: a channels_last tensor would be filled in memory order, i.e. with other noise.
         noise = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if self.start_std is not None:
+            return noise.normal_(std=self.start_std, generator=generator)
         if self.norm == "linf":
             return noise.uniform_(-self.eps, self.eps, generator=generator)
         noise.normal_(generator=generator)

@@ -17,7 +17,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DISTANCE_KINDS", "gather", "invariance_terms", "nt_xent", "representational_distance", "ungathered"]
+__all__ = [
+    "DISTANCE_KINDS",
+    "cross_entropy",
+    "gather",
+    "invariance_terms",
+    "kl_divergence",
+    "nt_xent",
+    "representational_distance",
+    "trades",
+    "ungathered",
+]
 
 Formulation = Literal["released", "paper"]
 Reduction = Literal["mean", "none"]
@@ -210,6 +220,62 @@ def representational_distance(z_clean: Tensor, z_adv: Tensor, kind: str = "kl_so
         raise ValueError(f"kind must be one of {', '.join(DISTANCE_KINDS)}, got {kind!r}")
     with torch.autocast(z_clean.device.type, enabled=False):
         return _DISTANCES[kind](_at_least_float32(z_clean), _at_least_float32(z_adv))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Cross-entropy of class logits, in float32 at least.
+
+    Args:
+        logits (`torch.Tensor` of shape `(N, C)`): not normalised.
+        labels (`torch.Tensor` of shape `(N,)`): int64, in [0, C).
+        reduction (`str`, defaults to `"mean"`): `"none"` for one loss per image.
+
+    Returns:
+        `torch.Tensor` of shape `()`; `(N,)` with `reduction="none"`.
+    """
+    return F.cross_entropy(_at_least_float32(logits), labels, reduction=reduction)
+
+
+def kl_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """KL(p || q) of the softmax distributions: sum over the classes, mean over the images, in float32 at least.
+
+    Gradient flows into both arguments; detach what is a constant of your problem, as an attack detaches `logits_p`.
+
+    Args:
+        logits_p (`torch.Tensor` of shape `(N, C)`): of the distribution that weighs the classes.
+        logits_q (`torch.Tensor` of shape `(N, C)`): of the other one.
+
+    Returns:
+        `torch.Tensor` of shape `()`: 0 or more; 0 for equal distributions.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shapes(logits_p, logits_q)
+    log_p, log_q = (F.log_softmax(_at_least_float32(z), dim=1) for z in (logits_p, logits_q))
+    return _kl_elements(log_p, log_q).sum(1).mean()
+
+
+def trades(logits_clean: Tensor, logits_adv: Tensor, labels: Tensor, beta: float = 6.0) -> tuple[Tensor, Tensor]:
+    """The two terms of TRADES: CE(clean) and beta KL(p_clean || p_adv), whose sum is the loss.
+
+    Args:
+        logits_clean (`torch.Tensor` of shape `(N, C)`): of the clean images.
+        logits_adv (`torch.Tensor` of shape `(N, C)`): of the adversarial images; row k shows the image of
+            `logits_clean[k]`.
+        labels (`torch.Tensor` of shape `(N,)`): int64, in [0, C).
+        beta (`float`, defaults to 6, as published): weight of the divergence.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shape `()` each: cross-entropy, weighted divergence.
+
+    Raises:
+        ValueError: if the shapes of the logits differ.
+
+    Source: Zhang et al. 2019, equation 5 with the divergence that its released code uses; released RobustSSL code,
+        `utils.py` of the vanilla fine-tuning. Gradient flows through both arguments of the divergence there, too.
+    """
+    return cross_entropy(logits_clean, labels), beta * kl_divergence(logits_clean, logits_adv)
 
 
 def _kl_elements(log_p: Tensor, log_q: Tensor) -> Tensor:

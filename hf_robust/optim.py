@@ -93,17 +93,19 @@ def make_optimizer(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    nesterov: bool = True,
 ) -> torch.optim.Optimizer:
     """Build an optimiser by name.
 
     Args:
-        kind (`str`): `"lars"` (every tensor alike, as released), `"sgd"` (Nesterov when momentum is positive) or
-            `"adamw"` (no decay on vectors and biases).
+        kind (`str`): `"lars"` (every tensor alike, as released), `"sgd"` or `"adamw"` (no decay on vectors and
+            biases).
         params (`list[nn.Parameter]`): what is trained.
         lr (`float`): peak learning rate.
         momentum (`float`): of lars and sgd.
         weight_decay (`float`): 0 or more.
         betas, eps: of adamw.
+        nesterov (`bool`, defaults to `True`): of sgd, when the momentum is positive.
 
     Returns:
         `torch.optim.Optimizer`: without state.
@@ -111,7 +113,7 @@ def make_optimizer(
     if kind == "lars":
         return LARS(params, lr, momentum, weight_decay)
     if kind == "sgd":
-        return torch.optim.SGD(params, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
+        return torch.optim.SGD(params, lr, momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0)
     if kind == "adamw":
         groups = [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},

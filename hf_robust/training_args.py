@@ -64,9 +64,10 @@ class RobustTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=5.0, metadata={"help": "Peak learning rate; published: 5.0 with LARS."})
     weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay on every tensor; published: 1e-6."})
     optimizer: Literal["lars", "sgd", "adamw"] = field(
-        default="lars", metadata={"help": "lars (published), sgd (Nesterov momentum) or adamw (for transformers)."}
+        default="lars", metadata={"help": "lars (published), sgd or adamw (for transformers)."}
     )
     momentum: float = field(default=0.9, metadata={"help": "Momentum of lars and sgd; published: 0.9."})
+    nesterov: bool = field(default=True, metadata={"help": "Nesterov momentum of sgd; published: true."})
     warmup_epochs: float = field(default=10.0, metadata={"help": "Linear warm-up, in epochs; published: 10."})
     min_learning_rate: float = field(
         default=1e-6, metadata={"help": "Floor of the cosine; published: 1e-6, absolute."}

@@ -154,6 +154,74 @@ def test_non_finite_gradients_move_nothing(norm: str) -> None:
     assert bool((x_adv[:, 0, 0, 1] > 0.5).all()) and bool((x_adv[:, 0, 1, 1] < 0.5).all())
 
 
+def first_images(attack: PGD, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """What the loss is shown first."""
+    seen = []
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images.detach().clone())
+        return images.sum()
+
+    attack(loss, x, generator=torch.Generator().manual_seed(seed))
+    return seen[0]
+
+
+def test_a_gaussian_start_has_its_deviation_and_is_not_clipped() -> None:
+    x = torch.zeros(50, 3, 10, 10)  # the lower end of the image range
+    shown = first_images(PGD(steps=1, start_std=0.001), x)
+    assert shown.std().item() == pytest.approx(0.001, rel=0.05) and abs(shown.mean().item()) < 5e-5
+    assert shown.min() < -0.002 and shown.max() > 0.002
+    noise = torch.empty(x.shape).normal_(std=0.001, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(shown, noise)  # of the generator, and nothing else of it is used
+    wide = first_images(PGD(eps=0.01, steps=1, start_std=0.5), x)
+    assert wide.abs().max() > 1  # nor clipped to the ball
+    assert wide.std().item() == pytest.approx(first_images(PGD(norm="l2", steps=1, start_std=0.5), x).std().item())
+    assert first_images(PGD(steps=1), x).abs().max() <= 8 / 255  # the uniform start
+
+
+def test_from_a_gaussian_start_the_result_is_inside_ball_and_box() -> None:
+    torch.manual_seed(2)
+    x = torch.rand(6, 3, 4, 4).round(decimals=1)
+    for norm, steps in (("linf", 0), ("linf", 2), ("l2", 0), ("l2", 2)):
+        attack = PGD(eps=0.05, step_size=0.04, steps=steps, norm=norm, start_std=0.3)
+        x_adv = attack(linear_loss(torch.randn(3, 4, 4)), x)
+        delta = (x_adv - x).flatten(1)
+        size = delta.abs().max(1).values if norm == "linf" else delta.norm(dim=1)
+        assert bool((size <= 0.05 + 1e-6).all()) and x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+def test_a_gaussian_start_finds_the_direction_that_the_image_itself_hides() -> None:
+    """The divergence from an image to itself has no gradient; a thousandth of noise gives it one."""
+    torch.manual_seed(0)
+    x, weight = torch.rand(4, 3, 5, 5), torch.randn(75, 3)
+    reference = (x.flatten(1) @ weight).detach()
+
+    def distance(images: torch.Tensor) -> torch.Tensor:
+        return (images.flatten(1) @ weight - reference).square().sum()
+
+    stuck = PGD(steps=3, random_start=False)(distance, x)
+    assert torch.equal(stuck, x)
+    assert distance(PGD(steps=3, start_std=0.001)(distance, x)) > 1
+
+
+def test_an_attack_without_gaussian_start_is_described_as_before_there_was_one() -> None:
+    """Checkpoints hold this text, and are resumed when it is the same."""
+    assert repr(PGD()) == (
+        "PGD(eps=0.03137254901960784, step_size=0.00784313725490196, steps=5, norm='linf', random_start=True)"
+    )
+    attack = PGD(start_std=0.001)
+    assert repr(attack).endswith("random_start=True, start_std=0.001)") and eval(repr(attack)) == attack
+    assert attack != PGD()
+
+
+def test_bad_gaussian_starts_are_refused() -> None:
+    for bad in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"start_std must be positive, got {bad}: TRADES takes 0.001"):
+            PGD(start_std=bad)
+    with pytest.raises(ValueError, match="start_std=0.1 asks for a random start, random_start=False for none: leave"):
+        PGD(start_std=0.1, random_start=False)
+
+
 def test_bad_budgets_are_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"eps must be in \(0, 1\], got 8: .*8/255"):
         PGD(eps=8)

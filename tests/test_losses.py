@@ -14,10 +14,13 @@ import torch
 from hf_robust.losses import (
     DISTANCE_KINDS,
     _transport_plan,
+    cross_entropy,
     gather,
     invariance_terms,
+    kl_divergence,
     nt_xent,
     representational_distance,
+    trades,
     ungathered,
 )
 
@@ -446,3 +449,74 @@ def test_optimal_transport_does_not_see_the_order_of_a_batch() -> None:
 def test_optimal_transport_is_never_negative() -> None:
     for z in outputs(9, n=50)[0].float().split(1):  # one row against itself: 1 - cosine is rounding of either sign
         assert representational_distance(z, z, "ot").item() >= 0
+
+
+# ---------------------------------------------------------------------- losses of classifiers
+def waves() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of clean and adversarial images and labels, whose losses were worked out elsewhere to twelve digits."""
+    index = torch.arange(1, 13, dtype=torch.float64).view(4, 3)
+    return 2 * (0.7 * index).sin(), 2 * (0.9 * index).cos(), torch.tensor([0, 1, 2, 0])
+
+
+def test_classifier_losses_have_their_known_values() -> None:
+    clean, adv, labels = waves()
+    assert cross_entropy(clean, labels).item() == pytest.approx(1.251753141890, abs=1e-11)
+    assert cross_entropy(adv, labels).item() == pytest.approx(1.713926651627, abs=1e-11)
+    assert kl_divergence(clean, adv).item() == pytest.approx(1.212956112871, abs=1e-11)
+    loss, divergence = trades(clean, adv, labels, beta=6)
+    assert (loss + divergence).item() == pytest.approx(8.529489819116, abs=1e-11)
+    assert loss.item() == pytest.approx(1.251753141890, abs=1e-11)
+    assert trades(clean, adv, labels)[1].item() == divergence.item()  # 6 is the default
+    assert trades(clean, adv, labels, beta=0)[1].item() == 0
+
+
+def test_cross_entropy_of_every_image_has_the_mean_as_mean() -> None:
+    logits, _, labels = waves()
+    each = cross_entropy(logits, labels, reduction="none")
+    expected = -np.log(softmax(logits.numpy()))[range(4), labels.numpy()]
+    np.testing.assert_allclose(each.numpy(), expected, rtol=1e-12)
+    assert each.mean().item() == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "c", "scale"), [(1, 2, 1.0), (9, 6, 1.0), (20, 10, 5.0)])
+def test_kl_divergence_is_the_sum_of_its_definition(n: int, c: int, scale: float) -> None:
+    p, q = outputs(10, n, c, scale)
+    expected = kl_elements(softmax(p.numpy()), softmax(q.numpy())).sum() / n
+    assert kl_divergence(p, q).item() == pytest.approx(float(expected), rel=1e-9)
+    assert kl_divergence(p, q).item() != pytest.approx(kl_divergence(q, p).item(), rel=1e-3)  # the order is visible
+    assert kl_divergence(p, p + 3).item() == pytest.approx(0, abs=1e-14)
+
+
+def test_both_arguments_of_trades_get_the_gradient_of_finite_differences() -> None:
+    clean, adv = (z.requires_grad_() for z in outputs(11, n=4, p=5))
+    labels = torch.arange(4)
+    assert torch.autograd.gradcheck(lambda c, a: sum(trades(c, a, labels, 2.0)), (clean, adv))
+    _, divergence = trades(clean, adv, labels)
+    divergence.backward()
+    for gradient in (clean.grad, adv.grad):
+        assert (gradient.norm(dim=1) > 1e-4).all()
+
+
+def test_hopeless_logits_give_finite_losses_and_gradients() -> None:
+    clean, adv = (torch.tensor([z], requires_grad=True) for z in ([1e4, 0.0, -1e4], [-1e4, 0.0, 1e4]))
+    terms = trades(clean, adv, torch.tensor([2]))
+    sum(terms).backward()
+    assert all(t.isfinite() for t in (*terms, clean.grad.sum(), adv.grad.sum()))
+    assert terms[1].item() == pytest.approx(6 * 2e4)
+
+
+def test_classifier_losses_keep_their_digits_in_half_precision() -> None:
+    clean, adv, labels = (z.bfloat16() if z.is_floating_point() else z for z in waves())
+    exact = [clean.double(), adv.double()]
+    assert cross_entropy(clean, labels).dtype == kl_divergence(clean, adv).dtype == torch.float32
+    assert cross_entropy(clean, labels).item() == pytest.approx(cross_entropy(exact[0], labels).item(), rel=1e-6)
+    assert kl_divergence(clean, adv).item() == pytest.approx(kl_divergence(*exact).item(), rel=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kl_divergence(clean, adv).dtype == torch.float32
+
+
+def test_classifier_losses_refuse_logits_of_other_shapes() -> None:
+    with pytest.raises(ValueError, match=r"equal shape \(N, D\), got \(4, 3\) and \(5, 3\)"):
+        kl_divergence(torch.ones(4, 3), torch.ones(5, 3))
+    with pytest.raises(ValueError, match=r"equal shape"):
+        trades(torch.ones(4, 3), torch.ones(4, 2), torch.zeros(4, dtype=torch.int64))

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
-from hf_robust.attacks import LossFn
+from hf_robust.attacks import PGD, LossFn
+from hf_robust.losses import cross_entropy, kl_divergence
 
-__all__ = ["Objective", "StepContext", "check_fit"]
+__all__ = ["AccuracyRequest", "Objective", "StepContext", "SupervisedObjective", "check_fit"]
+
+
+@dataclass(frozen=True)
+class AccuracyRequest:
+    """What a method wants the trainer to measure while it trains: the standard accuracy of one path.
+
+    Args:
+        path (`str`): what `model.embed` takes as `branch`, such as `"lora"` or `"adv"`.
+        split (`str`): `"validation"`: held-out images, un-augmented; `"train"`: augmented training images.
+        per_epoch (`int`): measurements per epoch, the first at its beginning; 1 or more.
+    """
+
+    path: str
+    split: Literal["validation", "train"]
+    per_epoch: int
 
 
 @dataclass(frozen=True)
@@ -25,12 +43,14 @@ class StepContext:
         teacher (`nn.Module`, *optional*): the second network of methods that declare `teacher_kind`.
         autocast (`Callable[[], AbstractContextManager]`): the precision of the training, for passes of the teacher
             (the model and the attack are in it already).
+        standard_accuracy (`float`): last answer to the objective's `accuracy_request`, in [0, 1]; 0 before the first.
     """
 
     attack: Callable[[LossFn, Tensor], Tensor]
     progress: float = 0.0
     teacher: Any = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    standard_accuracy: float = 0.0
 
 
 @dataclass
@@ -42,16 +62,22 @@ class Objective:
     - `views`: keys of the batch it reads, names that `hf_robust.views.Views` makes (`"view_1"`, `"view_2"`,
       `"original"`, `"padded_crop"`, `"resized_crop"`);
     - `norm_branches`: normalisation branches it runs images through; must equal the encoder's;
-    - `trains`: `"all"` or `"classifier"`;
+    - `trains`: `"all"`, `"classifier"` (the encoder stands still, running statistics included) or `"adapter"` (the
+      encoder stands still, its adapters and the classifier train);
     - `needs_labels`: whether the batch holds `label`, int64 `(N,)`; supervised methods only;
     - `attack_in_eval_mode`: whether the attack sees the network in evaluation mode;
     - `teacher_kind`: `None` or `"ema"` (the trainer builds, updates, saves and exports it);
+    - `training_attack`: what the attack's flags default to;
+    - `recipe`: published training settings, names of training arguments with their values, which flags default to;
+      empty where the training arguments' own defaults are the published ones;
     - `citation`: BibTeX of the method, for the model card.
     """
 
-    trains: ClassVar[str] = "all"
+    trains: ClassVar[Literal["all", "classifier", "adapter"]] = "all"
     needs_labels: ClassVar[bool] = False
     attack_in_eval_mode: ClassVar[bool] = True
+    training_attack: ClassVar[PGD] = PGD()
+    recipe: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     citation: ClassVar[str] = ""
 
     @property
@@ -63,6 +89,37 @@ class Objective:
     def norm_branches(self) -> tuple[str, ...]:
         """Branches this configuration uses, in the order clean, adv."""
         return ("clean", "adv")
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether it attacks its images."""
+        return "adv" in self.norm_branches
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What it passes to the model as `branch`: the norm branches, unless the network has a path beside them."""
+        return self.norm_branches
+
+    @property
+    def idle_branches(self) -> tuple[str, ...]:
+        """Norm branches that only the attack looks through, whose scales and shifts get no gradient: none."""
+        return ()
+
+    @property
+    def accuracy_request(self) -> AccuracyRequest | None:
+        """Accuracy that the trainer should measure on the way: none by default."""
+        return None
+
+    def term_weights(self, standard_accuracy: float) -> dict[str, float]:
+        """Weights of the loss terms that follow from the accuracy it asked for, to be logged: none by default.
+
+        Args:
+            standard_accuracy (`float`): answer to `accuracy_request`, in [0, 1].
+
+        Returns:
+            `dict[str, float]`: by name.
+        """
+        return {}
 
     @property
     def teacher_kind(self) -> str | None:
@@ -133,6 +190,101 @@ class Objective:
         raise NotImplementedError
 
 
+@dataclass
+class SupervisedObjective(Objective):
+    """Base of the methods that train a classifier: one augmented image and its label, one norm branch.
+
+    A loss is a mean over the images of this process. Nothing is gathered: with equal shares on all processes, the
+    average that DistributedDataParallel takes of the gradients is the gradient of the global mean.
+    """
+
+    needs_labels: ClassVar[bool] = True
+
+    augmentation: Literal["padded_crop", "resized_crop"] = field(
+        default="padded_crop",
+        metadata={"help": "padded_crop: shifted crop and flip, for small images; resized_crop: published at 224."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.augmentation not in ("padded_crop", "resized_crop"):
+            raise ValueError(
+                f"augmentation must be 'padded_crop' or 'resized_crop', got {self.augmentation!r}: published runs use "
+                "'padded_crop' at 32 pixels and 'resized_crop' at 224"
+            )
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The augmented image."""
+        return (self.augmentation,)
+
+    @property
+    def norm_branches(self) -> tuple[str, ...]:
+        """One branch: the one the encoder is used through downstream."""
+        return ("adv",)
+
+    def labels(self, batch: dict[str, Tensor]) -> Tensor:
+        """Labels of a batch, int64 `(N,)`.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): as in `__call__`.
+
+        Returns:
+            `torch.Tensor` of shape `(N,)`.
+
+        Raises:
+            ValueError: for a batch without labels.
+        """
+        if "label" not in batch:
+            raise ValueError(
+                f"{self.title} needs labels, got a batch with {', '.join(batch)}: name the label column of the data "
+                "set, or train without labels (ACL, DynACL, AIR)"
+            )
+        return batch["label"]
+
+    def attack_cross_entropy(self, model: nn.Module, batch: dict[str, Tensor], context: StepContext) -> Tensor:
+        """Images attacked to raise the cross-entropy of their labels through the branch `"adv"`.
+
+        Args:
+            model (`nn.Module`): the (possibly wrapped) model.
+            batch (`dict[str, torch.Tensor]`): as in `__call__`.
+            context (`StepContext`): the attack.
+
+        Returns:
+            `torch.Tensor` of shape `(N, 3, H, W)` in [0, 1].
+        """
+        module, labels = unwrapped(model), self.labels(batch)
+
+        def loss(images: Tensor) -> Tensor:
+            return cross_entropy(module.embed(images, "adv"), labels)
+
+        return context.attack(loss, batch[self.augmentation])
+
+    def attack_divergence(
+        self, model: nn.Module, batch: dict[str, Tensor], context: StepContext, reference_branch: str
+    ) -> Tensor:
+        """Images attacked to raise KL(p(x) || p(x')), x' through the branch `"adv"`; p(x) is a constant.
+
+        Args:
+            model (`nn.Module`): the (possibly wrapped) model.
+            batch (`dict[str, torch.Tensor]`): as in `__call__`.
+            context (`StepContext`): the attack; started at the images themselves, its first gradient would be zero.
+            reference_branch (`str`): branch of p(x).
+
+        Returns:
+            `torch.Tensor` of shape `(N, 3, H, W)` in [0, 1].
+        """
+        module, x = unwrapped(model), batch[self.augmentation]
+        references: list[Tensor] = []
+
+        def loss(images: Tensor) -> Tensor:
+            if not references:  # once, inside the attack, where the network is in evaluation mode
+                with torch.no_grad():
+                    references.append(module.embed(x, reference_branch))
+            return kl_divergence(references[0], module.embed(images, "adv"))
+
+        return context.attack(loss, x)
+
+
 def check_temperature(temperature: float) -> None:
     """Refuse a temperature that is not positive.
 
@@ -144,6 +296,32 @@ def check_temperature(temperature: float) -> None:
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}: the published value is 0.5")
+
+
+def check_beta(beta: float) -> None:
+    """Refuse a weight of the TRADES divergence that is not positive.
+
+    Args:
+        beta (`float`): of the loss CE + beta KL.
+
+    Raises:
+        ValueError: with the published value.
+    """
+    if not 0 < beta < float("inf"):
+        raise ValueError(f"beta must be positive, got {beta}: the published value is 6")
+
+
+def check_rank(rank: int) -> None:
+    """Refuse an impossible rank of an adapter; whether it fits a layer is checked where the layer is.
+
+    Args:
+        rank (`int`): of the low-rank matrices.
+
+    Raises:
+        ValueError: with the published value.
+    """
+    if rank != int(rank) or rank < 1:
+        raise ValueError(f"rank must be a whole number, 1 or more, got {rank}: the published value is 8")
 
 
 def unwrapped(model: Any) -> Any:
@@ -167,6 +345,12 @@ def check_fit(objective: Objective, model: Any, dataset: Any | None = None) -> N
         raise ValueError(
             f"{objective.title} runs images through the norm branches {list(objective.norm_branches)}, the model has "
             f"{list(has)}: build the model with norm_branches={tuple(objective.norm_branches)!r}"
+        )
+    missing = [path for path in objective.paths if path not in getattr(model, "paths", has)]
+    if missing:
+        raise ValueError(
+            f"{objective.title} passes images through the path {missing[0]!r}, which the model has not: build it with "
+            "hf_robust.adapters.with_lora_path"
         )
     head, wanted = model.config.head, "classifier" if objective.needs_labels else "projector"
     if head != wanted:

@@ -15,11 +15,11 @@ N, PIXELS, WIDTH = 5, 12, 4
 class LinearModel(nn.Module):
     """Embedding = flattened pixels times one matrix per branch; remembers every pass and every embedding call."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, branches: tuple[str, ...] = ("clean", "adv")) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.weight = nn.ParameterDict(
-            {branch: torch.randn(PIXELS, WIDTH, generator=generator) for branch in ("clean", "adv")}
+            {branch: torch.randn(PIXELS, WIDTH, generator=generator) for branch in branches}
         )
         self.passes: list[tuple[str, Tensor]] = []
         self.embedded: list[tuple[str, int]] = []
@@ -57,6 +57,28 @@ def random_views(seed: int = 3) -> dict[str, Tensor]:
     """`view_1`, `view_2` and `original`, `(N, 3, 2, 2)` each."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.rand(N, 3, 2, 2, generator=generator) for name in ("view_1", "view_2", "original")}
+
+
+def labelled(name: str = "padded_crop", size: int = 2, seed: int = 3) -> dict[str, Tensor]:
+    """One view `(N, 3, size, size)` and its labels, of three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(N, 3, size, size, generator=generator), "label": torch.tensor([2, 0, 1, 1, 0])}
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Of every row."""
+    return np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+
+
+def slow_cross_entropy(logits: np.ndarray, labels: Tensor) -> list[float]:
+    """Minus the logarithm of the probability of the label, per image."""
+    return [float(np.log(np.exp(row).sum()) - row[y]) for row, y in zip(logits, labels.tolist(), strict=True)]
+
+
+def slow_kl(logits_p: np.ndarray, logits_q: np.ndarray) -> float:
+    """Mean over the images of sum p log(p / q)."""
+    p, q = softmax(logits_p), softmax(logits_q)
+    return sum(float(a * math.log(a / b)) for a, b in zip(p.ravel(), q.ravel(), strict=True)) / len(p)
 
 
 def cosine(u: np.ndarray, v: np.ndarray) -> float:

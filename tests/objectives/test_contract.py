@@ -14,15 +14,21 @@ from torch import Tensor, nn
 from training import tiny_model
 
 from hf_robust.attacks import PGD, frozen
+from hf_robust.finetuning_args import RobustFinetuningArguments
 from hf_robust.objectives import Objective, load_objective, objective_names
 from hf_robust.objectives.acl import ACL
+from hf_robust.objectives.aff import AFF
 from hf_robust.objectives.air import AIR
-from hf_robust.objectives.base import StepContext
+from hf_robust.objectives.autolora import AutoLoRa
+from hf_robust.objectives.base import AccuracyRequest, StepContext
 from hf_robust.objectives.dynacl import DynACL
+from hf_robust.objectives.lora import LoRA
 from hf_robust.objectives.sat import SAT
+from hf_robust.objectives.slf import SLF
 
 ATTACK = PGD(eps=8 / 255, step_size=4 / 255, steps=2)
 PROGRESS = 0.6
+ACCURACY = 0.6
 # Every method with its defaults, and the configurations that take another path through the code.
 CONFIGURATIONS = {
     **{name: load_objective(name) for name in objective_names()},
@@ -32,6 +38,9 @@ CONFIGURATIONS = {
     "air_on_dynacl": lambda: AIR(base=DynACL()),
     "air_paper": lambda: AIR(formulation="paper"),
     "sat_resized_crop": lambda: SAT(augmentation="resized_crop"),
+    "aff_one_branch": lambda: AFF(clean_branch="adv", reference_branch="adv"),
+    "aff_clean_reference": lambda: AFF(clean_branch="adv"),
+    "autolora_plain_only": lambda: AutoLoRa(norm_update="plain_only", formulation="released"),
 }
 # A bias in front of a train-mode norm layer: its gradient is zero up to rounding, whatever the objective.
 CANCELLED = {"projector.fc1.bias"}
@@ -91,9 +100,26 @@ def draw_batch(objective: Objective, generator: torch.Generator) -> dict[str, Te
     return {**batch, "label": torch.arange(6) % 3} if objective.needs_labels else batch
 
 
+def prepare(objective: Objective, **config: Any) -> Any:
+    """The model as the trainer makes it ready, with adapters that have left their start at zero."""
+    model = tiny_model(objective, **config)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=generator)
+    if objective.trains == "classifier":
+        model.freeze_backbone()
+    return model.train()
+
+
+def context_of(attack: Any, teacher: Any = None, progress: float = PROGRESS) -> StepContext:
+    return StepContext(attack, progress, teacher, standard_accuracy=ACCURACY)
+
+
 def take_step(objective: Objective, seed: int = 0, attack_seed: int = 0, **config: Any) -> Step:
     """Call the objective once, as the trainer does."""
-    model = tiny_model(objective, **config).train()
+    model = prepare(objective, **config)
     teacher = copy.deepcopy(model).requires_grad_(False).train() if objective.teacher_kind else None
     networks = nn.ModuleList([n for n in (model, teacher) if n is not None])
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +140,7 @@ def take_step(objective: Objective, seed: int = 0, attack_seed: int = 0, **confi
         step.disturbed += changes(before, state(networks))
         return x_adv
 
-    step.terms = objective(step.wrapped, batch, StepContext(attack, PROGRESS, teacher))
+    step.terms = objective(step.wrapped, batch, context_of(attack, teacher))
     return step
 
 
@@ -122,8 +148,21 @@ def rows(images: list[Tensor]) -> set[bytes]:
     return {row.detach().numpy().tobytes() for part in images for row in part}
 
 
-def is_adversarial(objective: Objective) -> bool:
-    return "adv" in objective.norm_branches
+def mixes(objective: Objective) -> bool:
+    """Whether clean images pass the branch of the adversarial ones."""
+    return isinstance(objective, LoRA | SLF) or getattr(objective, "clean_branch", "") == "adv"
+
+
+def loss_of(terms: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+def passes_of(step: Step, objective: Objective) -> list[str]:
+    """Norm branches that the passes of the student move the statistics of."""
+    if objective.trains != "all":
+        return []  # the encoder stands still
+    branch = {"lora": "adv"} if getattr(objective, "norm_update", "both") == "both" else {"lora": "none"}
+    return [branch.get(path, path) for path, _ in step.wrapped.calls[0]]
 
 
 # ---------------------------------------------------------------------- terms
@@ -138,29 +177,38 @@ def test_terms_are_named_finite_scalars_that_carry_a_gradient(objective):
 def test_same_seeds_give_the_same_terms(objective):
     one, other, elsewhere = (take_step(objective, attack_seed=s).terms for s in (0, 0, 1))
     assert {k: v.item() for k, v in one.items()} == {k: v.item() for k, v in other.items()}
-    assert (one["adversarial"].item() != elsewhere["adversarial"].item()) if is_adversarial(objective) else True
+    assert (loss_of(one).item() != loss_of(elsewhere).item()) is objective.adversarial
 
 
 def test_the_global_random_state_is_not_moved(objective):
     with torch.random.fork_rng():
-        tiny_model(objective)  # building it seeds and moves the state, in `take_step`, too
+        prepare(objective)  # building it seeds and moves the state, in `take_step`, too
         expected = torch.random.get_rng_state()
         take_step(objective)
         assert torch.equal(torch.random.get_rng_state(), expected)
 
 
 # ---------------------------------------------------------------------- gradients, branches
-def test_every_parameter_gets_a_gradient_and_moves(objective):
-    if objective.trains != "all":
-        pytest.skip("trains a part of the network")
+def test_what_trains_gets_a_gradient_and_moves_and_nothing_else(objective):
     step = take_step(objective)
-    torch.stack(list(step.terms.values())).sum().backward()
+    start = {name: t.clone() for name, t in step.model.state_dict().items()}
+    loss_of(step.terms).backward()
     parameters = dict(step.model.named_parameters())
-    assert [name for name, p in parameters.items() if p.grad is None] == []
-    assert [name for name, p in parameters.items() if not bool(torch.isfinite(p.grad).all())] == []
-    start = {name: p.detach().clone() for name, p in parameters.items()}
-    torch.optim.SGD(parameters.values(), lr=1.0).step()
-    assert {name for name, p in parameters.items() if torch.equal(p, start[name])} <= CANCELLED
+    idle = {name for name in parameters if set(name.split(".")) & set(objective.idle_branches)}
+    trains = {
+        "all": lambda name: name not in idle,
+        "classifier": lambda name: name.startswith("classifier."),
+        "adapter": lambda name: name.startswith("classifier.") or "lora_" in name,
+    }[objective.trains]
+    trained = {name for name in parameters if trains(name)}
+    assert {name for name, p in parameters.items() if p.grad is not None} == trained
+    assert [name for name in trained if not bool(torch.isfinite(parameters[name].grad).all())] == []
+    torch.optim.SGD([parameters[name] for name in sorted(trained)], lr=1.0).step()
+    moved = {name for name, t in step.model.state_dict().items() if not torch.equal(t, start[name])}
+    assert trained - CANCELLED <= moved <= trained
+    if objective.trains != "all":  # and the passes before had left the encoder alone, buffers included
+        fresh = prepare(objective).state_dict()
+        assert {name for name in fresh if not torch.equal(fresh[name], start[name])} == set()
 
 
 def test_declared_norm_branches_are_used_and_only_those(objective):
@@ -168,21 +216,23 @@ def test_declared_norm_branches_are_used_and_only_those(objective):
     assert declared and len(set(declared)) == len(declared)
     spare = tuple(b for b in ("clean", "adv", "spare") if b not in declared)
     step = take_step(objective, norm_branches=(*declared, *spare))
-    fresh = tiny_model(objective, norm_branches=(*declared, *spare)).state_dict()
+    fresh = prepare(objective, norm_branches=(*declared, *spare)).state_dict()
+    trained = set(declared) - set(objective.idle_branches) if objective.trains == "all" else set()
     for network in filter(None, (step.model, step.teacher)):
         state_dict = network.state_dict()
         statistics = [name for name in state_dict if re.search(r"running_(mean|var)$", name)]
         moved = {name for name in statistics if not torch.equal(state_dict[name], fresh[name])}
-        assert moved == {name for name in statistics if name.split(".")[-2] in declared}
+        assert moved == {name for name in statistics if name.split(".")[-2] in trained}
 
 
 def test_running_statistics_move_once_per_pass_of_the_wrapped_model(objective):
     """No train-mode forward hides in the attack or elsewhere."""
     step = take_step(objective, norm_branches=("clean", "adv"))
-    for network, passes in ((step.model, step.wrapped.calls[0]), (step.teacher, step.teacher_passes)):
+    teacher_passes = [branch for branch, _ in step.teacher_passes]
+    for network, passes in ((step.model, passes_of(step, objective)), (step.teacher, teacher_passes)):
         if network is None:
             continue
-        expected = {b: sum(branch == b for branch, _ in passes) for b in ("clean", "adv")}
+        expected = {b: passes.count(b) for b in ("clean", "adv")}
         counts = {n: int(b) for n, b in network.named_buffers() if n.endswith("num_batches_tracked")}
         assert counts == {name: expected[name.split(".")[-2]] for name in counts}
 
@@ -192,7 +242,7 @@ def test_the_wrapped_model_is_called_exactly_once(objective):
     step = take_step(objective)
     assert len(step.wrapped.calls) == 1
     step.model.register_forward_hook(lambda *_: inner.append(1))
-    objective(step.wrapped, step.batch, StepContext(lambda _, x: x, PROGRESS, step.teacher))
+    objective(step.wrapped, step.batch, context_of(lambda _, x: x, step.teacher))
     assert len(inner) == 1  # not past the wrapper, either
     assert [branch for branch, _ in step.wrapped.calls[0]] == [branch for branch, _ in step.wrapped.calls[1]]
 
@@ -200,16 +250,21 @@ def test_the_wrapped_model_is_called_exactly_once(objective):
 # ---------------------------------------------------------------------- attack
 def test_the_attack_is_called_once_and_raises_its_loss(objective):
     step = take_step(objective)
-    assert len(step.attacked) == is_adversarial(objective)
-    assert all(reached > max(start, random) + 0.01 for start, random, reached in step.losses)
+    assert len(step.attacked) == objective.adversarial
+    assert all(reached > max(start, random) + 0.005 for start, random, reached in step.losses)
 
 
 def test_adversarial_images_are_inside_ball_and_box_and_reach_the_network(objective):
     step = take_step(objective)
     passes = [*step.wrapped.calls[0], *step.teacher_passes]
-    by_branch = {b: rows([images for branch, images in passes if branch == b]) for b in ("clean", "adv")}
-    assert by_branch["adv"] == rows([x_adv for _, x_adv in step.attacked])
-    assert by_branch["clean"] <= rows(list(step.batch.values()))
+    by_path: dict[str, set[bytes]] = {path: set() for path in (*objective.paths, "adv")}
+    for path, images in passes:
+        by_path[path] |= rows([images])
+    given = rows([images for name, images in step.batch.items() if name != "label"])
+    attacked = rows([x_adv for _, x_adv in step.attacked])
+    assert not given & attacked
+    assert by_path.pop("adv") == attacked | (given if mixes(objective) else set())
+    assert all(images <= given for images in by_path.values())
     for x, x_adv in step.attacked:
         assert rows([x]) <= rows(list(step.batch.values()))
         assert bool(((x_adv - x).abs() <= ATTACK.eps + 1e-6).all()) and bool((x_adv != x).any())
@@ -219,8 +274,11 @@ def test_adversarial_images_are_inside_ball_and_box_and_reach_the_network(object
 def test_modes_flags_and_buffers_survive_the_attack(objective):
     step = take_step(objective)
     assert step.disturbed == []
-    assert all(m.training for m in step.model.modules())
-    assert all(p.requires_grad and p.grad is None for p in step.model.parameters())
+    fresh = prepare(objective)
+    assert objective.trains != "all" or all(m.training for m in fresh.modules())
+    assert [m.training for m in step.model.modules()] == [m.training for m in fresh.modules()]
+    assert [p.requires_grad for p in step.model.parameters()] == [p.requires_grad for p in fresh.parameters()]
+    assert all(p.grad is None for p in step.model.parameters())
 
 
 def test_the_batch_is_left_alone(objective):
@@ -233,6 +291,11 @@ def test_the_batch_is_left_alone(objective):
 # ---------------------------------------------------------------------- candidates of a coreset
 def attack_again(loss_fn: Any, x: Tensor) -> Tensor:
     return ATTACK(loss_fn, x, generator=torch.Generator().manual_seed(0))
+
+
+def scores_candidates(objective: Objective) -> bool:
+    """Methods of fine-tuning do not: coresets are chosen for long trainings."""
+    return type(objective).candidate_passes is not Objective.candidate_passes
 
 
 def candidate(objective: Objective) -> tuple[Any, dict[str, Tensor], list[tuple[str, Tensor]]]:
@@ -248,7 +311,7 @@ def candidate(objective: Objective) -> tuple[Any, dict[str, Tensor], list[tuple[
 
 
 def test_candidates_are_scored_or_refused(objective):
-    if not is_adversarial(objective):
+    if not scores_candidates(objective):
         with pytest.raises(NotImplementedError, match=rf"{objective.title} has no loss .*--coreset random"):
             candidate(objective)
         return
@@ -267,7 +330,7 @@ def test_candidates_are_scored_or_refused(objective):
 
 def test_candidate_losses_add_up_to_the_unweighted_loss(objective):
     """Value and gradient of the head, at a progress where DynACL weights its streams and beside its first step."""
-    if not is_adversarial(objective):
+    if not scores_candidates(objective):
         pytest.skip("no loss by which images could be chosen")
     model, batch, passes = candidate(objective)
     losses = objective.candidate_losses([model.embed(images, branch) for branch, images in passes], batch)
@@ -315,12 +378,27 @@ def test_fields_round_trip_and_explain_themselves(objective):
 def test_declarations(objective):
     assert objective.views and set(objective.views) <= {"view_1", "view_2", "original", "padded_crop", "resized_crop"}
     assert isinstance(objective.needs_labels, bool)
-    assert objective.trains in ("all", "classifier")
+    assert objective.trains in ("all", "classifier", "adapter")
+    assert set(objective.idle_branches) < set(objective.norm_branches)
+    assert set(objective.paths) >= {"adv"} or not objective.adversarial
+    request = objective.accuracy_request
+    assert request is None or isinstance(request, AccuracyRequest) and request.path in objective.paths
     assert objective.teacher_kind in (None, "frozen", "ema")
     assert objective.title and objective.title == objective.title.strip()
     for progress in (0.0, 0.3, 1.0):
         assert 0 <= objective.strength(progress) <= 1
     assert "Source:" in type(objective).__doc__
+
+
+def test_the_recipe_is_made_of_training_arguments(objective, tmp_path):
+    if not objective.recipe:
+        assert objective.training_attack == PGD()
+        return
+    arguments = RobustFinetuningArguments.of(objective, output_dir=str(tmp_path), report_to="none")
+    assert {name: getattr(arguments, name) for name in objective.recipe} == objective.recipe
+    assert objective.training_attack.steps == 10 or not objective.adversarial
+    with pytest.raises(TypeError):
+        objective.recipe["learning_rate"] = 1.0
 
 
 def test_citation_is_one_bibtex_entry(objective):

@@ -5,22 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from linear_model import WIDTH, LinearModel, N, Nudge
+from linear_model import WIDTH, LinearModel, N, Nudge, labelled, slow_cross_entropy
 from training import tiny_model
 
 from hf_robust.attacks import PGD, frozen
 from hf_robust.objectives.base import StepContext
 from hf_robust.objectives.sat import SAT
-
-
-def labelled(name: str = "padded_crop", size: int = 2, seed: int = 3) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.tensor([2, 0, 1, 1, 0])
-    return {name: torch.rand(N, 3, size, size, generator=generator), "label": labels}
-
-
-def slow_cross_entropy(logits: np.ndarray, labels: torch.Tensor) -> list[float]:
-    return [float(np.log(np.exp(row).sum()) - row[y]) for row, y in zip(logits, labels.tolist(), strict=True)]
 
 
 def test_the_term_is_the_cross_entropy_of_the_adversarial_images():
