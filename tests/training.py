@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hf_robust.adapters import with_adapter, with_lora_path
 from hf_robust.attacks import PGD
 from hf_robust.coresets import RCS, CoresetMethod
 from hf_robust.data import ImageDataset
@@ -34,7 +35,7 @@ def tiny_images(n: int = 24, seed: int = 0, classes: int = 3) -> ImageDataset:
 
 
 def tiny_model(objective: Objective, seed: int = 0, **config: Any) -> RobustModelForPreTraining:
-    """A ResNet with eight channels."""
+    """A ResNet with eight channels, with the LoRA path or the adapter that the method trains."""
     torch.manual_seed(seed)
     values = {
         "architecture": "resnet10_cifar",
@@ -43,7 +44,13 @@ def tiny_model(objective: Objective, seed: int = 0, **config: Any) -> RobustMode
         "norm_branches": objective.norm_branches,
         **({"head": "classifier", "num_classes": 3} if objective.needs_labels else {}),
     }
-    return RobustModelForPreTraining(RobustPretrainingConfig(**{**values, **config}))
+    model = RobustModelForPreTraining(RobustPretrainingConfig(**{**values, **config}))
+    method: Any = objective
+    if "lora" in method.paths:
+        return with_lora_path(model, method.rank, method.init, method.norm_update)
+    if method.trains == "adapter":
+        return with_adapter(model, method.rank, method.alpha)
+    return model
 
 
 def tiny_rcs(**changes: Any) -> RCS:

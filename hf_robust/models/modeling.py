@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import nn
@@ -169,6 +169,7 @@ class RobustModelForPreTraining(PreTrainedModel):
     config: RobustPretrainingConfig
     main_input_name = "image"
     accepts_loss_kwargs = False
+    _backbone_frozen = False
 
     def __init__(self, config: RobustPretrainingConfig) -> None:
         super().__init__(config)
@@ -210,6 +211,29 @@ class RobustModelForPreTraining(PreTrainedModel):
             `str`: Name of the branch.
         """
         return "adv" if "adv" in self.switch.branches else self.switch.branches[0]
+
+    def freeze_backbone(self) -> None:
+        """Lets only the head learn: backbone parameters want no gradient, its layers stay in evaluation mode.
+
+        [`train`] then reaches the head only, so running statistics and dropout of the backbone stand still. It holds
+        for this object; a model loaded from a checkpoint is frozen anew.
+        """
+        self._backbone_frozen = True
+        self.backbone.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode; a backbone frozen by [`freeze_backbone`] stays in evaluation mode.
+
+        Args:
+            mode (`bool`): `True` for training.
+
+        Returns:
+            [`RobustModelForPreTraining`]: The model itself.
+        """
+        super().train(mode)
+        if self._backbone_frozen:
+            self.backbone.eval()
+        return self
 
     def features(self, x: torch.Tensor, branch: str) -> torch.Tensor:
         """Pooled features before the head.

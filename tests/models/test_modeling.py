@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForPreTraining
 
+from hf_robust.attacks import frozen
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
 from hf_robust.models.norm import NormBranches
 
@@ -148,6 +149,36 @@ def test_save_and_load_are_bit_exact_in_every_branch(tmp_path, kwargs):
     with torch.no_grad():
         for branch in model.switch.branches:
             assert torch.allclose(loaded.embed(x, branch), model.embed(x, branch), atol=1e-6)
+
+
+# ---------------------------------------------------------------------- frozen backbone
+@pytest.mark.parametrize("kwargs", [{"norm_branches": ("adv",)}, {"norm_branches": ("clean", "adv")}, VIT])
+def test_a_frozen_backbone_stands_still_while_the_head_trains(kwargs):
+    model, x = build(head="classifier", num_classes=3, **kwargs), images()
+    model.freeze_backbone()
+    assert model.train() is model and model.training and model.classifier.training
+    assert not any(m.training for m in model.backbone.modules())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    F.cross_entropy(model([("adv", x)])[0], torch.tensor([0, 1, 2, 0])).backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {"classifier.weight", "classifier.bias"}
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith(("backbone.", "normalize.")), name
+
+
+def test_freezing_outlives_mode_changes_copies_and_attacks_but_not_the_object():
+    model = build(head="classifier", num_classes=3)
+    assert model.train().backbone.training
+    twin = copy.deepcopy(model)
+    model.freeze_backbone()
+    assert not model.eval().training and not model.train().backbone.training
+    assert not copy.deepcopy(model).train().backbone.training
+    with frozen(model):
+        assert not model.training
+    assert model.training and not any(m.training for m in model.backbone.modules())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
+    assert twin.train().backbone.training and all(p.requires_grad for p in twin.parameters())
 
 
 # ---------------------------------------------------------------------- classifier
