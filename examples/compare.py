@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from hf_robust.evaluation.pictures import plot_curves
+from hf_robust.evaluation.curves import plot_curves
 from hf_robust.evaluation.report import EncoderReport, binomial_interval
 
 

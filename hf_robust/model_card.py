@@ -1,4 +1,4 @@
-"""The model card of one encoder, written from its report and from nothing else.
+"""The model card of one encoder or classifier, written from its report and from nothing else.
 
 A number the report does not hold has no row in the card. Nothing here talks to a network.
 """
@@ -14,14 +14,15 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .evaluation.report import EncoderReport, binomial_interval, describe_metric, format_eps, write_text
+from .evaluation.report import EncoderReport, binomial_interval, describe_metric, write_text
+from .model_card_texts import budget_text, cell, introduction, limits, norm_name, origin, usage
 
 __all__ = ["model_card_data", "write_model_card"]
 
 _TAGS = ("adversarial-robustness", "timm", "hf_robust")
 _SELF_SUPERVISED_TAGS = ("contrastive-learning", "self-supervised-learning")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
+_NAMED_CLASSES = 20
 _PICTURES = (
     ("curves.png", "Loss terms, linear-probe accuracies and schedule over the training"),
     ("examples.png", "Images, the amplified change an attack makes, and the predictions before and after"),
@@ -30,7 +31,7 @@ _PICTURES = (
 
 
 def write_model_card(report: EncoderReport | Mapping[str, Any], directory: str | os.PathLike[str]) -> Path:
-    """Write `README.md` of an encoder from its report.
+    """Write `README.md` of an encoder or a classifier from its report.
 
     Pictures (`curves.png`, `examples.png`, `coreset.png`) are shown when they lie in `directory`; when they lie in its
     parent they are copied first, so that the folder can be uploaded as it is.
@@ -48,14 +49,14 @@ def write_model_card(report: EncoderReport | Mapping[str, Any], directory: str |
     report = report if isinstance(report, EncoderReport) else EncoderReport.from_dict(report)
     directory = Path(directory)
     sections = (
-        _introduction(report),
-        _usage(report, directory),
+        introduction(report),
+        usage(report, directory),
         _threat_model(report),
         _results(report),
         _recipe(report),
         _coreset(report, directory),
-        _pictures(directory),
-        _limits(report),
+        _pictures(report, directory),
+        limits(report),
         _citation(report),
     )
     body = "\n\n".join(section for section in sections if section)
@@ -79,11 +80,12 @@ def model_card_data(report: EncoderReport) -> ModelCardData:
     results = [entry for result in _own_results(report) for entry in _eval_results(result, report)]
     kind = ("supervised-learning",) if report.objective.get("supervised") else _SELF_SUPERVISED_TAGS
     return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
+        library_name="peft" if report.exported_format == "peft" else "transformers",
+        pipeline_tag="image-feature-extraction" if report.task == "encoder" else "image-classification",
         license=report.license,
+        base_model=_hub_id(report.encoder),
         datasets=[hub_id] if hub_id else None,
-        tags=[*_TAGS, *kind, *([objective] if objective else [])],
+        tags=[*_TAGS, *(kind if report.task == "encoder" else ()), *([objective] if objective else [])],
         model_name=report.name if results else None,
         eval_results=results or None,
     )
@@ -119,73 +121,9 @@ def _eval_results(result: dict[str, Any], report: EncoderReport) -> list[EvalRes
     return entries
 
 
-def _introduction(report: EncoderReport) -> str:
-    method, dataset = report.objective.get("name"), report.dataset.get("name")
-    what = f"`{report.architecture}` image encoder"
-    labels = "with labels" if report.objective.get("supervised") else "without labels"
-    how = f" pre-trained {labels}{f' by {method}' if method else ''}{f' on {dataset}' if dataset else ''}"
-    if report.threat_model:
-        why = "It was trained on attacked images, so that classifiers on its features resist small changes."
-    else:
-        why = "It was trained without an attack and is not robust: it is the contrast to encoders that are."
-    return f"# {_title(report.name)}\n\n{_article(what)} {what}{how}. {why}"
-
-
-def _article(words: str) -> str:
-    return "An" if words.strip("`")[:1].lower() in "aeio" else "A"
-
-
-def _title(name: str) -> str:
-    return name.replace("\n", " ")
-
-
-def _usage(report: EncoderReport, directory: Path) -> str:
-    where = report.hub_id or "PATH_OR_REPO"
-    plain = _loading_code(where)
-    if report.exported_format == "timm_wrapper":
-        text = f"Plain transformers, no remote code, nothing else to install:\n\n{plain}"
-    else:
-        text = (
-            "Stock timm cannot build this architecture, so import `hf_robust` first:\n\n"
-            f"{_loading_code(where, first='import hf_robust  # registers the architecture')}\n\n"
-            "or let transformers run the code file of the repository:\n\n"
-            f"{_loading_code(where, arguments=', trust_remote_code=True', processor='')}"
-        )
-        if _has_native(report, directory):
-            native = _loading_code(where, arguments=', subfolder="native"')
-            text += (
-                "\n\nor take the exact re-expression on a stock architecture, without remote code; it has its own "
-                f"image processor, use the two together:\n\n{native}"
-            )
-    notes = []
-    if report.norm_branch:
-        notes.append(f"The exported normalisation branch is `{report.norm_branch}`.")
-    if report.image_size:
-        notes.append(f"Images are {report.image_size} x {report.image_size} pixels; the image processor resizes them.")
-    notes.append("Pixels are attacked in [0, 1], before the image processor normalises them.")
-    return f"## Use\n\n{text}\n\n{' '.join(notes)}"
-
-
-def _loading_code(where: str, *, first: str = "", arguments: str = "", processor: str | None = None) -> str:
-    processor = arguments if processor is None else processor
-    lines = [
-        *([first] if first else []),
-        "from transformers import AutoImageProcessor, AutoModel",
-        "",
-        f'processor = AutoImageProcessor.from_pretrained("{where}"{processor})',
-        f'encoder = AutoModel.from_pretrained("{where}"{arguments}).eval()',
-        'features = encoder(**processor(image, return_tensors="pt")).pooler_output  # (N, D)',
-    ]
-    return "```python\n" + "\n".join(lines) + "\n```"
-
-
-def _has_native(report: EncoderReport, directory: Path) -> bool:
-    if report.native is not None:
-        return report.native
-    return any((directory / folder / "config.json").is_file() for folder in ("native", "encoder/native"))
-
-
 def _threat_model(report: EncoderReport) -> str:
+    if not report.threat_model and report.task == "classifier":
+        return "## Threat model\n\nNone of its own: the fine-tuning showed no attacked image, see the encoder's."
     if not report.threat_model:
         return "## Threat model\n\nNone: this encoder never saw an attacked image."
     return "## Threat model\n\nThe attack of the training (pixels in [0, 1]):\n\n" + _table(
@@ -195,9 +133,9 @@ def _threat_model(report: EncoderReport) -> str:
 
 def _threat_row(threat: dict[str, Any]) -> tuple[str, ...]:
     return (
-        _norm(threat.get("norm")),
-        *(_budget(threat.get(key)) for key in ("eps", "step_size")),
-        _cell(threat.get("steps")),
+        norm_name(threat.get("norm")),
+        *(budget_text(threat.get(key)) for key in ("eps", "step_size")),
+        cell(threat.get("steps")),
     )
 
 
@@ -229,7 +167,7 @@ def _results_table(report: EncoderReport, key: tuple[Any, ...], results: list[di
         values = [result["metrics"].get(name) for result in results]
         if any(value is not None for value in values):
             rows.append((describe_metric(name)["title"], *(_score(name, value, n_eval) for value in values)))
-    models = [_cell(result.get("model")) for result in results]
+    models = [cell(result.get("model")) for result in results]
     header = [
         "metric",
         *(f"**{m}**" if r.get("model") == report.name else m for m, r in zip(models, results, strict=True)),
@@ -255,12 +193,15 @@ def _recipe(report: EncoderReport) -> str:
     hardware = ", ".join(f"{key} {value}" for key, value in report.hardware.items())
     versions = ", ".join(f"{key} {value}" for key, value in report.versions.items())
     model_args = ", ".join(f"{key}={value}" for key, value in report.model_args.items())
+    start = report.encoder
     rows = [
+        ("encoder", origin(start) if start.get("name") else None),
         ("objective", objective.get("name")),
         *((f"objective: {key}", value) for key, value in (objective.get("parameters") or {}).items()),
         ("base", objective.get("base")),
         ("architecture", f"{report.architecture} ({model_args})" if model_args else report.architecture),
         ("image size", report.image_size),
+        ("classes", _classes(report.label_names)),
         ("data set", dataset.get("name")),
         ("split", dataset.get("split")),
         ("images", dataset.get("n_images")),
@@ -272,8 +213,16 @@ def _recipe(report: EncoderReport) -> str:
         ("commit", report.commit),
         ("date", report.date),
     ]
-    text = "## Training recipe\n\n" + _table(("what", "value"), [(a, _cell(b)) for a, b in rows if b is not None])
+    title = "Training recipe" if report.task == "encoder" else "Fine-tuning recipe"
+    text = f"## {title}\n\n" + _table(("what", "value"), [(a, cell(b)) for a, b in rows if b is not None])
     return f"{text}\n\n{_fenced(report.command, 'bash')}" if report.command else text
+
+
+def _classes(names: list[str]) -> str | None:
+    if not names:
+        return None
+    more = f", ... ({len(names)})" if len(names) > _NAMED_CLASSES else ""
+    return ", ".join(names[:_NAMED_CLASSES]) + more
 
 
 def _coreset(report: EncoderReport, directory: Path) -> str:
@@ -296,7 +245,7 @@ def _coreset(report: EncoderReport, directory: Path) -> str:
     warmup = coreset.get("warmup_epochs")
     start = f"After {warmup:g} epoch{'s' * (warmup != 1)} on all images, the" if warmup else "The"
     text = f"## Coreset\n\n{start} training showed only a part of the images, chosen by {coreset.get('name')}.\n\n"
-    text += _table(("what", "value"), [(a, _cell(b)) for a, b in rows if b is not None])
+    text += _table(("what", "value"), [(a, cell(b)) for a, b in rows if b is not None])
     if any((directory / folder / "coreset.json").is_file() for folder in (".", "encoder")):
         text += (
             "\n\nThe images of the last selection are listed in `coreset.json`; `--coreset file:coreset.json` of "
@@ -313,37 +262,17 @@ def _seconds(seconds: float | None) -> str | None:
     return None if seconds is None else f"{seconds:.1f}"
 
 
-def _pictures(directory: Path) -> str:
+def _pictures(report: EncoderReport, directory: Path) -> str:
     parts = []
     for name, caption in _PICTURES:
+        if report.task == "classifier":
+            caption = caption.replace("linear-probe accuracies", "validation accuracies")
         if not (directory / name).is_file() and (directory.parent / name).is_file():
             directory.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory.parent / name, directory / name)
         if (directory / name).is_file():
             parts.append(f"![{caption}]({name})")
     return "\n\n".join(["## Pictures", *parts]) if parts else ""
-
-
-def _limits(report: EncoderReport) -> str:
-    lines = []
-    if report.threat_model:
-        norm, eps = _norm(report.threat_model.get("norm")), report.threat_model.get("eps")
-        budget = f"{norm} changes" + (f" up to {_budget(eps)}" if eps is not None else "")
-        lines.append(
-            f"- Robust only against what it was trained and tested for: {budget}. Larger budgets, other norms, "
-            "rotations, patches or corruptions are another matter."
-        )
-    else:
-        lines.append("- Not robust: do not use its features where somebody may change the input on purpose.")
-    if any("pgd" in name for result in report.results for name in result.get("metrics", {})):
-        lines.append(
-            "- Linear-probe accuracy under PGD is an upper bound of the robust accuracy and not comparable with "
-            "published AutoAttack numbers, which come from a stronger attack and another fine-tuning."
-        )
-    if report.results:
-        lines.append("- The numbers hold for the data and the protocol named above, and for this one run.")
-    lines.append("- The encoder inherits what its training images show and leave out.")
-    return "## Limits\n\n" + "\n".join(lines)
 
 
 def _citation(report: EncoderReport) -> str:
@@ -364,20 +293,6 @@ def _hub_id(dataset: Mapping[str, Any]) -> str | None:
 def _table(header: Any, rows: list[Any]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "\u2013"
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def _norm(norm: Any) -> str:
-    return _NORMS.get(str(norm), _cell(norm))
-
-
-def _budget(value: Any) -> str:
-    return format_eps(value) if isinstance(value, float) else _cell(value)
 
 
 def _fenced(text: str, language: str) -> str:

@@ -15,54 +15,16 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from torch import nn
+from released import NATIVE, OURS, STOCK, pictures, pixels, trained_model
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 import hf_robust
-from hf_robust import hub
+from hf_robust import hub, hub_files
 from hf_robust.hub import encoder_features, load_encoder, save_encoder
 from hf_robust.models.encoder import RobustTimmModel
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-# name -> configuration; `stock` are those that timm builds without us
-STOCK: dict[str, dict[str, Any]] = {
-    "stl": {"architecture": "resnet18_stl", "model_args": {"channels": (8, 8, 8, 16)}, "image_size": 96},
-    "vit": {"architecture": "vit_tiny_patch4_32", "model_args": {"depth": 1, "embed_dim": 24}, "image_size": 16},
-    "timm": {"architecture": "test_efficientnet", "image_size": 48, "mean": None, "std": None},
-}
-OURS: dict[str, dict[str, Any]] = {
-    "thin": {"architecture": "resnet10_cifar", "model_args": {"channels": (16, 32, 64, 128)}, "image_size": 16},
-    "wide": {"architecture": "resnet18_cifar", "model_args": {"channels": (64, 8, 8, 8)}, "image_size": 16},
-    "tiny": {"architecture": "resnet10_cifar", "model_args": {"channels": (4, 8, 8, 8)}, "image_size": 16},
-    "wrn": {"architecture": "wide_resnet28_10", "model_args": {"depth": 10, "width": 1}, "image_size": 16},
-}
-NATIVE = ("thin", "wide")
-
-
-def trained_model(**config: Any) -> RobustModelForPreTraining:
-    """A model whose branches have seen different images and learned different scales."""
-    torch.manual_seed(0)
-    model = RobustModelForPreTraining(RobustPretrainingConfig(**config))
-    for module in model.backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-    model.train()
-    size = model.config.image_size
-    with torch.no_grad():
-        for _ in range(3):
-            model([("clean", torch.rand(8, 3, size, size)), ("adv", torch.rand(8, 3, size, size) ** 3)])
-    return model.eval()
-
-
-def pictures(size: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
-
-
-def pixels(size: int) -> torch.Tensor:
-    """The same pictures as the training model takes them: `(2, 3, size, size)` in [0, 1]."""
-    return torch.from_numpy(pictures(size)).permute(0, 3, 1, 2).float() / 255
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +279,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("fails_at", range(8))
 def test_a_full_disk_leaves_the_previous_export_intact(models, tmp_path, monkeypatch, fails_at):
     target = save_encoder(models["thin"], tmp_path / "encoder", "clean")
-    before, calls, write = contents(tmp_path), [], hub._write_file
+    before, calls, write = contents(tmp_path), [], hub_files._write_file
 
     def full_disk(path: Path, data: bytes) -> None:
         calls.append(path)
@@ -326,7 +288,7 @@ def test_a_full_disk_leaves_the_previous_export_intact(models, tmp_path, monkeyp
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, data)
 
-    monkeypatch.setattr(hub, "_write_file", full_disk)
+    monkeypatch.setattr(hub_files, "_write_file", full_disk)
     with pytest.raises(
         OSError, match=r"cannot write the encoder.*No space left.*intact: make \d\.\d MB of room"
     ) as caught:

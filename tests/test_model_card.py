@@ -222,6 +222,99 @@ def test_a_supervised_method_is_not_called_self_supervised(tmp_path: Path) -> No
     assert "pre-trained without labels by ACL" in acl.text and "supervised-learning" not in acl.data.tags
 
 
+CLASSIFIER = {
+    "name": "aff-cifar",
+    "task": "classifier",
+    "objective": {"name": "AFF", "parameters": {"beta": 6.0}, "supervised": True},
+    "dataset": {"name": "CIFAR-10", "hub_id": "uoft-cs/cifar10", "split": "train", "n_images": 47500},
+    "encoder": {"name": "acl-digits", "hub_id": "ann/acl", "objective": "ACL", "dataset": "digits"},
+    "label_names": ["cat", "dog", "newt"],
+    "results": [
+        {
+            "model": "aff-cifar",
+            "metrics": {"standard_accuracy": 0.8, "pgd20_linf_8_255_accuracy": 0.5},
+            "protocol": "test images",
+            "n_eval": 10000,
+        }
+    ],
+}
+
+
+def test_the_card_of_a_classifier(tmp_path: Path) -> None:
+    text = written(tmp_path, **CLASSIFIER)
+    data = ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag, data.base_model) == (
+        "transformers",
+        "image-classification",
+        "ann/acl",
+    )
+    assert {"adversarial-robustness", "aff"} <= set(data.tags)
+    assert not {"contrastive-learning", "supervised-learning"} & set(data.tags)
+    assert [entry.metric_name for entry in data.eval_results] == [
+        "Standard accuracy, test images",
+        "PGD-20 accuracy (L-inf, eps 8/255), test images",
+    ]
+    assert (
+        "A `resnet10_cifar` image classifier of 3 classes fine-tuned by AFF on CIFAR-10 from the encoder `acl-digits` "
+        "(ACL on digits). It was fine-tuned on attacked images"
+    ) in text
+    assert "## Fine-tuning recipe" in text and "| encoder | `acl-digits` (ACL on digits) |" in text
+    assert "| classes | cat, dog, newt |" in text and "| objective: beta | 6.0 |" in text
+    assert "inear-probe" not in text and "Accuracy under PGD is an upper bound" in text
+    assert "encoder =" not in text and text.count("AutoModelForImageClassification.from_pretrained(") == 2
+
+
+def test_a_native_classifier_is_found_below_the_card(tmp_path: Path) -> None:
+    assert "native" not in written(tmp_path, **CLASSIFIER)
+    (tmp_path / "classifier" / "native").mkdir(parents=True)
+    (tmp_path / "classifier" / "native" / "config.json").write_text("{}")
+    assert 'subfolder="native"' in written(tmp_path, **CLASSIFIER) and "native" not in written(tmp_path)
+
+
+def test_many_classes_are_counted(tmp_path: Path) -> None:
+    text = written(tmp_path, **{**CLASSIFIER, "label_names": [f"c{i}" for i in range(100)]})
+    assert "c18, c19, ... (100) |" in text and "c20" not in text
+
+
+def test_a_classifier_fine_tuned_without_attack_does_not_promise_robustness(tmp_path: Path) -> None:
+    text = written(tmp_path, **{**CLASSIFIER, "threat_model": None, "encoder": {"name": "./out/encoder"}})
+    assert "owes to its encoder" in text and "None of its own" in text and "depends on its encoder" in text
+    assert "from the encoder `./out/encoder`." in text and ModelCard(text).data.base_model is None
+    assert "Robust only against" not in text and "this encoder never saw" not in text
+
+
+def test_an_adapter_is_loaded_on_its_encoder(tmp_path: Path) -> None:
+    values = {**CLASSIFIER, "exported_format": "peft", "hub_id": "ann/lora"}
+    text = written(tmp_path, **values)
+    assert ModelCard(text).data.library_name == "peft"
+    use = text.split("## Use")[1].split("## ")[0]
+    assert 'from_pretrained("ann/acl", num_labels=3)' in use and "import hf_robust" in use
+    assert 'PeftModel.from_pretrained(encoder, "ann/lora").eval()' in use and "subfolder" not in use
+    assert "the weights of the encoder stay where they are" in text
+    native = {**CLASSIFIER["encoder"], "exported_format": "timm_wrapper"}
+    assert "import hf_robust" not in written(tmp_path, **{**values, "encoder": native})
+
+
+def test_an_encoder_that_started_from_another_says_so(tmp_path: Path) -> None:
+    text = written(tmp_path, encoder={"name": "acl"})
+    assert "pre-trained without labels by ACL on digits, starting from `acl`. It was trained" in text
+
+
+def test_pictures_of_a_classifier_show_validation_accuracies(tmp_path: Path) -> None:
+    (tmp_path / "curves.png").write_bytes(b"x")
+    assert "linear-probe accuracies" in written(tmp_path) and "validation" not in written(tmp_path)
+    assert "validation accuracies" in written(tmp_path, **CLASSIFIER)
+
+
+@pytest.mark.parametrize("exported_format", ["timm_wrapper", "hf_robust_timm", "peft"])
+def test_the_code_of_a_classifiers_card_is_python(tmp_path: Path, exported_format: str) -> None:
+    text = written(tmp_path, **CLASSIFIER, exported_format=exported_format, native=True)
+    blocks = text.split("```python\n")[1:]
+    assert len(blocks) == {"timm_wrapper": 1, "hf_robust_timm": 3, "peft": 1}[exported_format]
+    for block in blocks:
+        compile(block.split("```")[0], "card", "exec")
+
+
 def test_tokens_never_appear(tmp_path: Path) -> None:
     token = "hf_" + "aB3" * 11 + "Z"
     text = written(tmp_path, command=f"train --hub_token {token}", training={"optimizer": token}, citation=token)

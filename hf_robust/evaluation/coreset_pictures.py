@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .pictures import INK, MUTED, picture_style
+from .picture_style import INK, MUTED, picture_style
 
 if TYPE_CHECKING:
     from ..coresets.base import Coreset

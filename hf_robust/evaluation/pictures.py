@@ -1,16 +1,9 @@
-"""Two pictures of a run: how it went (curves) and what its robustness looks like (examples).
-
-Matplotlib is used through its object API with the Agg backend: no window, no global figure state.
-"""
+"""Pictures of a run: how it went (curves, see `curves`) and what its robustness looks like (examples)."""
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,67 +11,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, softmax
 
 from ..attacks import PGD
-from .report import describe_metric, format_eps
+from .picture_style import COLOURS, GRID, INK, MUTED, picture_style, save_picture
+from .report import format_eps
 
-__all__ = ["plot_curves", "plot_examples"]
+__all__ = ["plot_examples"]
 
-History = list[dict[str, Any]]
-Series = tuple[list[float], list[float]]
 Classifier = Callable[[Tensor], Tensor]
 
-INK, MUTED, GRID = "#1f2933", "#67727e", "#e3e7ec"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
-# Okabe and Ito's colours: also told apart by colour-blind readers; yellow is left out, it vanishes on white.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
-STYLES = ("-", "--", "-.", ":")
-# Summaries and the validation loss are no terms of the objective.
-_NO_LOSS_TERM = re.compile(r"^(train_|eval_|probe_)")
-
-
-def plot_curves(
-    history: History | Mapping[str, History], path: str | os.PathLike[str], *, chance: float | None = None
-) -> None:
-    """Draw loss terms, probe accuracies, learning rate and strength of one or several runs over epochs.
-
-    Panels without anything to show are left out. Entries without a value, or with one that is not finite, are gaps.
-
-    Args:
-        history (`list[dict]` or `Mapping[str, list[dict]]`): `TrainerState.log_history` of one run, or run names to
-            histories; keys with `loss` in them are loss terms, `probe_..._accuracy` are accuracies in [0, 1].
-        path (`str` or `PathLike`): the picture to write; the ending chooses the format.
-        chance (`float`, *optional*): accuracy of guessing, drawn as a line when given.
-
-    Raises:
-        ValueError: if there is nothing to draw.
-    """
-    runs = dict(history) if isinstance(history, Mapping) else {"": history}
-    panels = [
-        (name, draw)
-        for name, draw, keys in (
-            ("Loss terms", _draw_losses, _loss_keys(runs)),
-            ("Linear probe", _draw_probes, _probe_keys(runs)),
-            ("Schedule", _draw_schedule, _schedule_keys(runs)),
-        )
-        if keys
-    ]
-    if not panels:
-        raise ValueError(
-            f"the history of {len(runs)} run(s) has no loss, probe accuracy or learning rate to draw: hand in "
-            "trainer.state.log_history after at least one logged step"
-        )
-    with picture_style():
-        from matplotlib.figure import Figure
-
-        heights = [1.25 if name == "Linear probe" else 1.0 for name, _ in panels]
-        figure = Figure(figsize=(9.0, 0.6 + 2.5 * sum(heights)), layout="constrained")
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
-        for axis, (name, draw) in zip(axes[:, 0], panels, strict=True):
-            axis.set_title(name, loc="left")
-            draw(axis, runs, chance)
-        axes[-1, 0].set_xlabel("epoch" if "epoch" in _keys(runs) else "step")
-        axes[-1, 0].margins(x=0.015)
-        figure.align_ylabels(axes[:, 0])
-        _save(figure, path)
 
 
 def plot_examples(
@@ -135,7 +75,7 @@ def plot_examples(
                 verdicts.append(_verdict(before[row], truth, label_names, name if len(columns) > 1 else ""))
                 _caption(axes[row][2 * group + 2], [_verdict(after[row], truth, label_names)])
             _caption(axes[row][0], verdicts)
-        _save(figure, path)
+        save_picture(figure, path)
 
 
 def _attacked(
@@ -223,177 +163,3 @@ def _label_name(label: int, label_names: Sequence[str] | None) -> str:
 
 def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "\u2026"
-
-
-def _draw_losses(axis: Any, runs: Mapping[str, History], chance: float | None) -> None:
-    keys, low, high = _loss_keys(runs), float("inf"), 0.0
-    for number, (run, history) in enumerate(runs.items()):
-        for index, key in enumerate(keys):
-            x, y = _series(history, key)
-            if not y:
-                continue
-            colour = COLOURS[(number if len(runs) > 1 else index) % len(COLOURS)]
-            style = STYLES[index % len(STYLES)] if len(runs) > 1 else "-"
-            _draw_noisy(axis, x, y, colour, style, _label(run, _loss_label(key)))
-            low, high = min(low, *y, 1e300), max(high, *y)
-    if low > 0 and high > 30 * low:
-        axis.set_yscale("log")
-    axis.set_ylabel("loss")
-    _legend(axis)
-
-
-def _draw_noisy(axis: Any, x: list[float], y: list[float], colour: str, style: str, label: str) -> None:
-    """Draw a series; a long one as its running mean over a pale trace of the values."""
-    window = len(y) // 25
-    if window >= 3:
-        axis.plot(x, y, color=colour, alpha=0.22, linewidth=0.8)
-        sums = [0.0]
-        for value in y:
-            sums.append(sums[-1] + value)
-        ends = [(max(0, i - window), min(len(y), i + window + 1)) for i in range(len(y))]
-        y = [(sums[end] - sums[start]) / (end - start) for start, end in ends]
-    axis.plot(x, y, style, color=colour, label=label, marker="o" if len(y) <= 12 else "")
-
-
-def _draw_probes(axis: Any, runs: Mapping[str, History], chance: float | None) -> None:
-    keys = _probe_keys(runs)
-    for number, (run, history) in enumerate(runs.items()):
-        for index, key in enumerate(keys):
-            x, y = _series(history, key)
-            if y:
-                colour, style = COLOURS[number % len(COLOURS)], STYLES[index % len(STYLES)]
-                label = _label(run, _metric_label(key))
-                axis.plot(x, y, style, color=colour, label=label, marker="o" if len(y) <= 40 else "")
-    if chance is not None:
-        axis.axhline(chance, color=MUTED, linewidth=1.0, linestyle=(0, (1, 2)), label="chance", zorder=1)
-    axis.set_ylim(-0.03, 1.03)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axis.set_ylabel("accuracy")
-    _legend(axis)
-
-
-def _draw_schedule(axis: Any, runs: Mapping[str, History], chance: float | None) -> None:
-    right = None
-    for number, (run, history) in enumerate(runs.items()):
-        for key, style in (("learning_rate", "-"), ("strength", "--")):
-            x, y = _series(history, key)
-            if not y:
-                continue
-            target = axis
-            if key == "strength":
-                target = right = right or _right_axis(axis)
-            colour = COLOURS[(number if len(runs) > 1 else STYLES.index(style)) % len(COLOURS)]
-            marker = "o" if len(y) <= 12 else ""
-            target.plot(x, y, style, color=colour, marker=marker)
-            axis.plot([], [], style, color=colour, marker=marker, label=_label(run, key.replace("_", " ")))
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("learning rate")
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=False)
-    _legend(axis, room=0.1 if right is None else 0.7)
-
-
-def _right_axis(axis: Any) -> Any:
-    right = axis.twinx()
-    right.set_ylim(-0.03, 1.05)
-    right.set_ylabel("augmentation strength")
-    right.grid(False)
-    right.spines["right"].set_visible(True)
-    return right
-
-
-def _legend(axis: Any, room: float = 0.1) -> None:
-    """Put the legend to the right of the panel, `room` inches away from it."""
-    from matplotlib.transforms import ScaledTranslation
-
-    moved = axis.transAxes + ScaledTranslation(room, 0, axis.figure.dpi_scale_trans)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), bbox_transform=moved, borderaxespad=0.0)
-
-
-def _label(run: str, what: str) -> str:
-    return f"{run}: {what}" if run else what
-
-
-def _loss_label(key: str) -> str:
-    words = re.sub(r"^loss[_/]|[_/]loss$", "", key).replace("_", " ").replace("/", " ")
-    return "total" if words == "loss" else words
-
-
-def _metric_label(key: str) -> str:
-    title = describe_metric(key.removeprefix("probe_"))["title"]
-    return title.replace(" accuracy", "", 1).replace("Standard", "standard")
-
-
-def _keys(runs: Mapping[str, History]) -> list[str]:
-    return list(dict.fromkeys(key for history in runs.values() for entry in history for key in entry))
-
-
-def _loss_keys(runs: Mapping[str, History]) -> list[str]:
-    keys = [key for key in _keys(runs) if re.match(r"loss($|[_/])|.+[_/]loss$", key) and not _NO_LOSS_TERM.match(key)]
-    return sorted(keys, key=lambda key: key != "loss") if len(keys) != 2 else _without_double(keys, runs)
-
-
-def _without_double(keys: list[str], runs: Mapping[str, History]) -> list[str]:
-    """With a single term, the total says the same."""
-    first, second = ([value for history in runs.values() for value in _series(history, key)[1]] for key in keys)
-    same = len(first) == len(second) and all(map(math.isclose, first, second))
-    return keys[:1] if same else sorted(keys, key=lambda key: key != "loss")
-
-
-def _probe_keys(runs: Mapping[str, History]) -> list[str]:
-    keys = [key for key in _keys(runs) if re.fullmatch(r"probe_\w*accuracy", key.replace(".", "_"))]
-    return sorted(keys, key=lambda key: key != "probe_standard_accuracy")
-
-
-def _schedule_keys(runs: Mapping[str, History]) -> list[str]:
-    return [key for key in _keys(runs) if key in ("learning_rate", "strength")]
-
-
-def _series(history: History, key: str) -> Series:
-    """Values of one key over epochs (steps without them), in the order of the log."""
-    clocks = ("paper_epoch", "epoch", "step")  # with a coreset, "epoch" counts rounds of its size
-    points = [(next((e[c] for c in clocks if c in e), None), e[key]) for e in history if e.get(key) is not None]
-    kept = [(float(x), float(y)) for x, y in points if x is not None and math.isfinite(float(y))]
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-@contextlib.contextmanager
-def picture_style() -> Iterator[None]:
-    """Our look, independent of the user's settings, which come back afterwards."""
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "figure.dpi": 150,
-                "savefig.dpi": 150,
-                "figure.facecolor": "white",
-                "figure.constrained_layout.w_pad": 0.12,
-                "figure.constrained_layout.h_pad": 0.10,
-                "font.size": 10.5,
-                "axes.titlesize": 11.5,
-                "axes.titleweight": "bold",
-                "axes.edgecolor": MUTED,
-                "axes.labelcolor": INK,
-                "axes.grid": True,
-                "axes.axisbelow": True,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "grid.color": GRID,
-                "text.color": INK,
-                "text.parse_math": False,
-                "xtick.color": MUTED,
-                "ytick.color": MUTED,
-                "lines.linewidth": 1.9,
-                "lines.markersize": 4.0,
-                "legend.frameon": False,
-                "legend.fontsize": 9.5,
-            }
-        )
-        yield
-
-
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

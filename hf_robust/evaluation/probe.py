@@ -10,17 +10,15 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from ..attacks import PGD
 from ..data import ImageDataset, collate_images
 from ..views import Views
+from .accuracy import measure_accuracy, progress_bar
 from .linear_probe import WEIGHT_DECAY, check_features, fit_linear_probe
 from .report import attack_metric_name
 
@@ -34,8 +32,6 @@ __all__ = [
 ]
 
 Features = Callable[[Tensor], Tensor]
-
-PROGRESS_DELAY = 3.0  # seconds of silence, so that a quick probe leaves no bar behind
 
 
 @dataclass
@@ -140,7 +136,7 @@ def extract_features(
     """
     device = _device(features, device)
     views, parts = Views(size=size), []
-    with _bar(len(dataset), f"features of {dataset.name}", progress) as bar, _full_precision(device):
+    with progress_bar(len(dataset), f"features of {dataset.name}", progress) as bar, _full_precision(device):
         for images, _ in _batches(dataset, batch_size):
             part = features(views(images.to(device), ["original"])["original"])
             parts.append(check_features(part.detach().float().cpu()))
@@ -206,10 +202,19 @@ def probe_encoder(
     num_classes = _check_classes(train, train_labels, _labels(evaluation, "evaluation"))
     x = extract_features(features, train, size=size, batch_size=batch_size, device=device, progress=progress)
     head = fit_linear_probe(x.to(device), train_labels.to(device), num_classes, weight_decay=weight_decay)
-    standard, attacked = _accuracies(features, head, evaluation, attack, size, batch_size, seed, device, progress)
+    found = measure_accuracy(
+        lambda images: head(features(images).float()),
+        evaluation,
+        size=size,
+        attack=attack,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
     return ProbeResult(
-        standard_accuracy=standard,
-        pgd20_accuracy=attacked,
+        standard_accuracy=found.standard,
+        pgd20_accuracy=cast(float, found.attacked),
         n_train=len(train),
         n_eval=len(evaluation),
         eps=eps,
@@ -223,46 +228,6 @@ def probe_encoder(
         eval_name=evaluation.name,
         head=head,
     )
-
-
-def _accuracies(
-    features: Features,
-    head: nn.Linear,
-    dataset: ImageDataset,
-    attack: PGD,
-    size: int,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    progress: bool,
-) -> tuple[float, float]:
-    generator = torch.Generator(device).manual_seed(seed)
-    views, standard, attacked = Views(size=size), 0, 0
-
-    def logits(x: Tensor) -> Tensor:
-        return head(features(x).float())
-
-    title = f"PGD-{attack.steps} on {dataset.name}"
-    with _bar(len(dataset), title, progress) as bar, _full_precision(device):
-        for images, labels in _batches(dataset, batch_size):
-            assert labels is not None  # checked by the caller
-            x, y = views(images.to(device), ["original"])["original"], labels.to(device)
-            with torch.no_grad():
-                standard += _count_right(logits(x), y)
-            x_adv = attack(partial(_summed_loss, logits, y), x, generator=generator)
-            with torch.no_grad():
-                attacked += _count_right(logits(x_adv), y)
-            bar.update(len(images))
-    return standard / len(dataset), attacked / len(dataset)
-
-
-def _summed_loss(logits: Callable[[Tensor], Tensor], labels: Tensor, images: Tensor) -> Tensor:
-    # The sum, not the mean: each image's gradient is its own, whatever batch it sits in.
-    return cross_entropy(logits(images), labels, reduction="sum")
-
-
-def _count_right(logits: Tensor, labels: Tensor) -> int:
-    return int((check_features(logits).argmax(1) == labels).sum())
 
 
 def _stratified(dataset: ImageDataset, n: int | None, seed: int, role: str) -> ImageDataset:
@@ -351,7 +316,3 @@ def _device(features: Features, device: str | torch.device | None) -> torch.devi
 def _full_precision(device: torch.device) -> torch.autocast:
     # The published protocol is float32, also when the surrounding training runs in bf16.
     return torch.autocast(device.type, enabled=False)
-
-
-def _bar(total: int, title: str, progress: bool) -> tqdm:
-    return tqdm(total=total, desc=title, unit="image", delay=PROGRESS_DELAY, disable=not progress, leave=False)

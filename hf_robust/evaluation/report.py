@@ -1,4 +1,4 @@
-"""What is known about one released encoder, as data: metric names, the report schema, its JSON file."""
+"""What is known about one released encoder or classifier, as data: metric names, the report schema, its JSON file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .environment import redact
 __all__ = ["EncoderReport", "attack_metric_name", "binomial_interval", "describe_metric", "format_eps", "write_text"]
 
 REPORT_FILE = "report.json"
-EXPORTED_FORMATS = ("timm_wrapper", "hf_robust_timm")
+EXPORTED_FORMATS = ("timm_wrapper", "hf_robust_timm", "peft")
+TASKS = ("encoder", "classifier")
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 _ATTACK_METRIC = re.compile(r"(?P<attack>[a-z0-9]+)_(?P<norm>linf|l2|l1)_(?P<eps>\d+_255|[0-9.e-]+)_accuracy")
 
@@ -121,15 +122,16 @@ def write_text(path: Path, text: str) -> Path:
 
 @dataclass
 class EncoderReport:
-    """Everything the model card of one encoder may say; what is not in here is not said.
+    """Everything the model card of one encoder, or of a classifier made from one, may say; no more is said.
 
     Values are plain Python after construction (tensors and NumPy scalars become numbers, paths and tuples become
     strings and lists), with access tokens and home folders removed from every text.
 
     Args:
-        name (`str`): the encoder's name in tables; a Hub id when it has one.
+        name (`str`): its name in tables; a Hub id when it has one.
         architecture (`str`): timm architecture, e.g. `"resnet18_cifar"`.
-        exported_format (`str`): `"timm_wrapper"` (stock timm can build it) or `"hf_robust_timm"`.
+        exported_format (`str`): `"timm_wrapper"` (stock timm can build it), `"hf_robust_timm"`, or `"peft"` for an
+            adapter that needs the encoder it was trained on.
         objective (`dict`): `name`, `parameters` (`dict`), *optional* `base` (the schedule or method it builds on),
             `supervised` (`bool`; default: trained without labels).
         model_args (`dict`): arguments of the architecture.
@@ -157,9 +159,15 @@ class EncoderReport:
         date (`str`, *optional*): ISO date of the export.
         citation (`str`, *optional*): BibTeX of the method.
         license (`str`, *optional*): licence identifier of the weights.
+        task (`str`): `"encoder"` (the default) or `"classifier"`; for a classifier `objective`, `dataset`,
+            `threat_model`, `training` and `results` are those of the fine-tuning.
+        encoder (`dict`): what it started from: `name`, *optional* `hub_id`, `objective` (name of the method),
+            `dataset` (its name), `exported_format`.
+        label_names (`list[str]`): of a classifier, one name per class in the order of the outputs.
 
     Raises:
-        ValueError: for an unknown `exported_format`, an accuracy outside [0, 1] or a number that is not finite.
+        ValueError: for an unknown `exported_format` or `task`, an adapter without its encoder, an accuracy outside
+            [0, 1] or a number that is not finite.
     """
 
     name: str
@@ -184,6 +192,9 @@ class EncoderReport:
     date: str | None = None
     citation: str | None = None
     license: str | None = None
+    task: str = "encoder"
+    encoder: dict[str, Any] = field(default_factory=dict)
+    label_names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -191,7 +202,14 @@ class EncoderReport:
         if self.exported_format not in EXPORTED_FORMATS:
             raise ValueError(
                 f"exported_format must be one of {', '.join(EXPORTED_FORMATS)}, got {self.exported_format!r}: "
-                "it is the model_type in the encoder's config.json"
+                "it is the model_type in the encoder's config.json, or peft for an adapter"
+            )
+        if self.task not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}: say what the weights are")
+        if self.exported_format == "peft" and (self.task != "classifier" or not self.encoder.get("name")):
+            raise ValueError(
+                f"an adapter (exported_format 'peft') is a classifier on an encoder, got task={self.task!r} and "
+                f"encoder={self.encoder!r}: write task='classifier' and encoder={{'name': ...}}"
             )
         for result in self.results:
             _check_result(result)

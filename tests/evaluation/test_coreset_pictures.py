@@ -15,7 +15,7 @@ from PIL import Image
 from hf_robust.coresets.base import Coreset
 from hf_robust.data import ImageDataset, load_image_dataset
 from hf_robust.evaluation.coreset_pictures import _expected_times, _figure, plot_coresets
-from hf_robust.evaluation.pictures import picture_style
+from hf_robust.evaluation.picture_style import picture_style
 
 
 def coreset(

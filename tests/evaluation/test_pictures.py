@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from hf_robust.attacks import PGD
-from hf_robust.evaluation.pictures import RIGHT, WRONG, plot_curves, plot_examples
+from hf_robust.evaluation.curves import plot_curves
+from hf_robust.evaluation.pictures import RIGHT, WRONG, plot_examples
 
 
 @pytest.fixture

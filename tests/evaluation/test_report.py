@@ -83,6 +83,15 @@ def test_a_report_survives_its_file_bit_for_bit(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
 
 
+def test_a_report_of_a_classifier_survives_its_file(tmp_path: Path) -> None:
+    encoder = {"name": "acl", "objective": "ACL", "dataset": "digits"}
+    report = EncoderReport(**LEAST, task="classifier", encoder=encoder, label_names=("a", np.str_("b")))
+    loaded = EncoderReport.load(report.save(tmp_path))
+    assert loaded == report and loaded.encoder == encoder and loaded.label_names == ["a", "b"]
+    older = {key: value for key, value in full().to_dict().items() if key not in ("task", "encoder", "label_names")}
+    assert EncoderReport.from_dict(older) == full()  # a report from before there were classifiers
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_text(tmp_path / "card.md", "old")
 
@@ -108,7 +117,10 @@ def test_tokens_and_home_folders_never_enter_a_report() -> None:
     [
         ({"treat_model": {}}, "'treat_model'.*did you mean 'threat_model'"),
         ({"zzzzzz": 1}, "known fields: name, architecture"),
-        ({"exported_format": "onnx"}, "one of timm_wrapper, hf_robust_timm, got 'onnx'"),
+        ({"exported_format": "onnx"}, "one of timm_wrapper, hf_robust_timm, peft, got 'onnx'"),
+        ({"task": "detector"}, "task must be one of encoder, classifier, got 'detector'"),
+        ({"exported_format": "peft"}, "classifier on an encoder, got task='encoder'.*write task='classifier'"),
+        ({"exported_format": "peft", "task": "classifier"}, r"encoder=\{\}: write task='classifier' and encoder="),
         ({"architecture": None}, "no architecture"),
         ({"training": {"loss": [1.0, math.nan]}}, r"training.loss\[1\] is nan.*leave it out"),
         ({"results": [{"model": "a", "metrics": {"standard_accuracy": 87.0}}]}, "got 87.0: divide percent by 100"),
