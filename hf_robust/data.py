@@ -144,6 +144,27 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
             num_classes=self._num_classes,
         )
 
+    def relabelled(self, labels: Tensor, label_names: Sequence[str] | None = None) -> ImageDataset:
+        """Return the same images with other labels.
+
+        Args:
+            labels (`Tensor`): class of every image, integers (N,) from 0.
+            label_names (`Sequence[str]`, *optional*): name of every class.
+
+        Raises:
+            `ValueError`: another number of labels than of images, or a negative one.
+        """
+        labels = labels.long()
+        if labels.shape != (len(self),) or int(labels.min()) < 0:
+            raise ValueError(
+                f"labels must be {len(self)} integers from 0, one per image, got shape {tuple(labels.shape)} from "
+                f"{int(labels.min()) if labels.numel() else 'nothing'}"
+            )
+        names = None if label_names is None else tuple(label_names)
+        return ImageDataset(
+            self.images, labels, names, name=self.name, image_size=self.image_size, encoded=self._encoded
+        )
+
     def __len__(self) -> int:
         if self.images is not None:
             return len(self.images)

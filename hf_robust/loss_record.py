@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LossRecord", "finite"]
+__all__ = ["LossRecord", "finite", "logged_seconds"]
 
 
 class LossRecord:
@@ -71,3 +71,12 @@ def finite(networks: list[nn.Module]) -> Tensor:
     """
     tensors = [t for n in networks for t in (*n.parameters(), *n.buffers()) if t.is_floating_point()]
     return torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all()
+
+
+def logged_seconds(entries: list[dict[str, float]]) -> float:
+    """Wall seconds of a training as of its last log entry; 0 without entries.
+
+    Args:
+        entries (`list[dict]`): of the trainer's log.
+    """
+    return max((entry.get("seconds", 0.0) for entry in entries), default=0.0)

@@ -25,7 +25,7 @@ from hf_robust.coresets import CoresetMethod, FullData
 from hf_robust.coresets.phases import CoresetPhases, seeded_generator
 from hf_robust.coresets.sampler import CoresetSampler
 from hf_robust.data import ImageDataset, collate_images
-from hf_robust.loss_record import LossRecord, finite
+from hf_robust.loss_record import LossRecord, finite, logged_seconds
 from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
 from hf_robust.objectives.base import check_fit
@@ -95,9 +95,7 @@ class RobustTrainer(Trainer):
             coreset = coreset if coreset is not None else FullData()
             coreset.check(objective, model, train_dataset)
             self.phases = CoresetPhases(
-                coreset,
-                train_dataset,
-                args.per_device_train_batch_size * args.world_size,
+                *(coreset, train_dataset, args.per_device_train_batch_size * args.world_size),
                 args.data_seed if args.data_seed is not None else args.seed,
                 args.num_train_epochs if args.max_steps <= 0 else 0.0,
                 whole_batches=args.dataloader_drop_last,
@@ -144,11 +142,14 @@ class RobustTrainer(Trainer):
         self._strength = self.objective.strength(self.progress)
         with torch.no_grad():
             batch = self.prepare_batch(inputs, generator)
-        context = StepContext(self._training_attack(generator), self.progress, self.teacher, self.accelerator.autocast)
-        terms = self.objective(model, batch, context)
+        terms = self.objective(model, batch, self.step_context(generator))
         loss = torch.stack(list(terms.values())).sum()
         self._record.add(terms, loss)
         return (loss, terms) if return_outputs else loss
+
+    def step_context(self, generator: torch.Generator) -> StepContext:
+        """What the objective gets beside model and batch."""
+        return StepContext(self._training_attack(generator), self.progress, self.teacher, self.accelerator.autocast)
 
     def _step_generator(self) -> torch.Generator:
         step, micro = self._micro_step
@@ -157,7 +158,6 @@ class RobustTrainer(Trainer):
         return seeded_generator(self.args.device, self.args.seed, step, micro, self.args.process_index)
 
     def _training_attack(self, generator: torch.Generator) -> Callable[[LossFn, Tensor], Tensor]:
-        module = self.accelerator.unwrap_model(self.model)
         # In half precision the gradient of a mean over a large batch underflows; the attack ignores its scale.
         scale = 1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0
 
@@ -166,8 +166,7 @@ class RobustTrainer(Trainer):
                 with self.accelerator.autocast():
                     return loss_fn(images) * scale
 
-            networks = nn.ModuleList([n for n in (module, self.teacher) if n is not None])
-            with frozen(networks, eval_mode=self.objective.attack_in_eval_mode):
+            with frozen(nn.ModuleList(self._networks()), eval_mode=self.objective.attack_in_eval_mode):
                 return self.attack(scaled, x, generator=generator)
 
         return attack
@@ -187,6 +186,7 @@ class RobustTrainer(Trainer):
                 weight_decay=args.weight_decay,
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
+                nesterov=args.nesterov,
             )
         return self.optimizer
 
@@ -248,9 +248,8 @@ class RobustTrainer(Trainer):
 
     def after_step(self) -> None:
         """Share norm statistics between processes."""
-        average_buffers(self.accelerator.unwrap_model(self.model))
-        if self.teacher is not None:
-            average_buffers(self.teacher)
+        for network in self._networks():
+            average_buffers(network)
 
     def close_round(self, rounds: float) -> bool:
         """Close a round, the last one maybe unfinished; tell whether it is a time for a checkpoint per epoch."""
@@ -270,7 +269,7 @@ class RobustTrainer(Trainer):
     @property
     def training_seconds(self) -> float:
         """Logged wall time of the training, earlier sessions of a resumed run included."""
-        return _logged_seconds(self.state)
+        return logged_seconds(self.state.log_history)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every loss term since the last entry, over all processes, and stop on NaN."""
@@ -278,7 +277,8 @@ class RobustTrainer(Trainer):
         if self.phases.method.chooses:
             logs["paper_epoch"] = self.epoch
         if "loss" in logs and self._record:
-            logs.update(self._record.close(self.accelerator), strength=self._strength)
+            drawn = {"strength": self._strength} if "view_1" in self.objective.views else {}  # others have none
+            logs.update(self._record.close(self.accelerator) | drawn)
         super().log(logs, start_time)
         self._stop_if_broken()
 
@@ -306,7 +306,7 @@ class RobustTrainer(Trainer):
         if resume_from_checkpoint:
             checkpoints.check_run(resume_from_checkpoint, self.describe_run())
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-            self._earlier_seconds = _logged_seconds(state)
+            self._earlier_seconds = logged_seconds(state.log_history)
             if 0 < self._max_steps <= state.global_step:
                 # The stock loop looks at max_steps after a step only: it would add one to a finished run.
                 self._load_from_checkpoint(resume_from_checkpoint)
@@ -344,14 +344,14 @@ class RobustTrainer(Trainer):
 
     def stop_if_not_finite(self) -> None:
         """Raise `FloatingPointError` when a loss, a weight or a running statistic of this process is not finite."""
-        self._record.broken |= self._weights_broken()
+        self._record.broken |= ~finite(self._networks())
         self._stop_if_broken()
 
-    def _weights_broken(self) -> Tensor:
-        return ~finite([n for n in (self.accelerator.unwrap_model(self.model), self.teacher) if n is not None])
+    def _networks(self) -> list[nn.Module]:
+        return [n for n in (self.accelerator.unwrap_model(self.model), self.teacher) if n is not None]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._record.broken |= self._weights_broken()
+        self._record.broken |= ~finite(self._networks())
         self._record.share(self.accelerator)
         self._stop_if_broken()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -364,7 +364,7 @@ class RobustTrainer(Trainer):
                 save_model(self.teacher, str(folder / _TEACHER_FILE))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.phases.save(folder)
+                self.save_beside(folder)
                 checkpoints.write_run(folder, self.describe_run())
                 checkpoints.write_manifest(folder)
         except Exception as error:
@@ -375,6 +375,10 @@ class RobustTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(output_dir=str(folder.parent), save_total_limit=limit, use_mtime=True)
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """Add to a checkpoint what a resume needs beyond weights, optimiser and schedule."""
+        self.phases.save(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -394,7 +398,3 @@ class RobustTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the card is written from a report, see `model_card.write_model_card`."""
-
-
-def _logged_seconds(state: TrainerState) -> float:
-    return max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)

@@ -15,12 +15,17 @@ if world > 1:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 import torch  # noqa: E402
+from finetuning import tiny_arguments  # noqa: E402
 from training import tiny_images, tiny_model, tiny_rcs, tiny_trainer  # noqa: E402
 
 from hf_robust.attacks import PGD  # noqa: E402
+from hf_robust.finetuner import RobustFinetuner  # noqa: E402
 from hf_robust.objectives.acl import ACL  # noqa: E402
+from hf_robust.objectives.aff import AFF  # noqa: E402
 from hf_robust.objectives.air import AIR  # noqa: E402
+from hf_robust.objectives.autolora import AutoLoRa  # noqa: E402
 from hf_robust.objectives.dynacl import DynACL  # noqa: E402
+from hf_robust.objectives.lora import LoRA  # noqa: E402
 
 torch.set_num_threads(1)
 IMAGES = 8
@@ -66,6 +71,47 @@ def step(case: str) -> dict[str, Any]:
     return found
 
 
+def plain_views(images: torch.Tensor, names: Any, **_: Any) -> dict[str, torch.Tensor]:
+    """The same for fine-tuning."""
+    return {name: images.float() / 255 for name in names}
+
+
+def finetuning_step(case: str) -> dict[str, Any]:
+    """Loss, gradients and buffers of one fine-tuning step, and what the held-out images said."""
+    _, method, mode = case.split("-")
+    objective = {"aff": AFF(), "autolora": AutoLoRa(rank=2), "lora": LoRA(rank=2)}[method]
+    args = tiny_arguments(
+        f"{out}-{case}",
+        per_device_train_batch_size=IMAGES // world,
+        max_steps=1,
+        sync_norm=mode == "sync",
+        keep="last",
+    )
+    attack, held_out = PGD(steps=3, random_start=False), tiny_images(9, seed=1)
+    trainer = RobustFinetuner(tiny_model(objective), args, objective, attack, tiny_images(IMAGES), held_out)
+    with torch.no_grad():
+        trainer.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(5))
+    assert trainer.args.world_size == world
+    size, views = trainer.views.size, plain_views
+    views.size = size  # type: ignore[attr-defined]
+    trainer.views = views  # type: ignore[assignment]
+    if mode == "frozen":
+        trainer.model.eval()
+        trainer.model.train = lambda *_: trainer.model  # type: ignore[method-assign]
+    found: dict[str, Any] = {}
+
+    def keep_gradients() -> None:
+        found["gradients"] = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+    trainer.before_step = keep_gradients  # type: ignore[method-assign]
+    trainer.train()
+    log = trainer.state.log_history
+    found["loss"] = next(entry["loss"] for entry in log if "loss" in entry)
+    found["buffers"] = dict(trainer.model.named_buffers())
+    found["measured"] = [v for entry in log for k, v in sorted(entry.items()) if k.endswith("_accuracy")]
+    return found
+
+
 def coresets(case: str) -> dict[str, Any]:
     """Every coreset of a short run, in the order of the selections, with its gains."""
     _, _, candidates = case.partition("-")
@@ -98,4 +144,5 @@ def coresets(case: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.save({c: coresets(c) if c.startswith("rcs") else step(c) for c in cases}, f"{out}-{rank}.pt")
+    kinds = {"rcs": coresets, "finetune": finetuning_step}
+    torch.save({c: kinds.get(c.split("-")[0], step)(c) for c in cases}, f"{out}-{rank}.pt")

@@ -13,6 +13,7 @@ import torch
 TESTS = Path(__file__).parent
 # objective - norm statistics: frozen, or of the whole batch in train mode
 EQUAL = ["acl-frozen", "air-frozen", "acl-sync", "air-sync"]
+FINETUNING = [f"finetune-{method}-{norms}" for method in ("aff", "autolora", "lora") for norms in ("frozen", "sync")]
 SELECTIONS = ["rcs-batch", "rcs-sample"]
 
 
@@ -35,25 +36,34 @@ def run(world: int, cases: list[str], out: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    (found,) = run(1, [*EQUAL, *SELECTIONS], tmp_path_factory.mktemp("one") / "rank")
+    (found,) = run(1, [*EQUAL, *FINETUNING, *SELECTIONS], tmp_path_factory.mktemp("one") / "rank")
     return found
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return run(2, [*EQUAL, *SELECTIONS, "dynacl-plain"], tmp_path_factory.mktemp("two") / "rank")
+    return run(2, [*EQUAL, *FINETUNING, *SELECTIONS, "dynacl-plain"], tmp_path_factory.mktemp("two") / "rank")
 
 
-@pytest.mark.parametrize("case", EQUAL)
+@pytest.mark.parametrize("case", [*EQUAL, *FINETUNING])
 def test_two_processes_equal_one(one, two, case):
     expected = one[case]
     for found in (rank[case] for rank in two):
         assert float(found["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-5)
+        assert found["gradients"].keys() == expected["gradients"].keys() != set()
         for name, gradient in expected["gradients"].items():
             scale = max(1.0, float(gradient.abs().max()))
             torch.testing.assert_close(found["gradients"][name], gradient, atol=1e-5 * scale, rtol=0, msg=name)
         for name, buffer in expected["buffers"].items():
             torch.testing.assert_close(found["buffers"][name], buffer, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", FINETUNING)
+def test_all_processes_hear_the_same_from_the_held_out_images(one, two, case):
+    first, second = (rank[case]["measured"] for rank in two)
+    assert first == second and len(first) == len(one[case]["measured"]) >= 2
+    if "autolora" in case:  # before the first step, where the weights are equal
+        assert first[0] == one[case]["measured"][0]
 
 
 def test_all_processes_attack_one_network_and_one_teacher(two):

@@ -1,0 +1,270 @@
+"""Post-processing of encoders (DynACL++, AIR++): clusters as labels, a linear probe, adversarial training on both."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_robust.attacks import PGD, frozen
+from hf_robust.checkpoints import latest_complete
+from hf_robust.classifiers import build_classifier
+from hf_robust.data import ImageDataset
+from hf_robust.evaluation.probe import extract_features
+from hf_robust.finetuner import RobustFinetuner
+from hf_robust.finetuning_args import RobustFinetuningArguments
+from hf_robust.objectives import Objective
+from hf_robust.objectives.aff import AFF
+from hf_robust.objectives.slf import SLF
+
+__all__ = ["PostProcessing", "cluster_labels", "post_process", "train_head"]
+
+logger = logging.getLogger(__name__)
+
+_LABELS, _HEAD, _PROBE = "pseudo_labels.json", "head.safetensors", "probe"
+_TOLERANCE = 1e-5  # of k-means, as released for AIR
+
+
+@dataclass(frozen=True)
+class PostProcessing:
+    """Linear probing, then adversarial full fine-tuning, on pseudo-labels: no real label is read.
+
+    `lp_variant="dynacl"` trains and attacks one norm branch; `"air"` keeps the clean branch of the encoder and
+    measures the attack from its predictions, while both loss terms pass the adversarial branch. An exported encoder
+    has the adversarial branch only: `"air"` needs a training checkpoint to be what was published.
+
+    Args:
+        clusters (`int`, *optional*): pseudo-classes; default: the classes of the data set, as released for AIR.
+        probe_stage_epochs (`float`, defaults to 10, as released): epochs of the linear probe.
+        probe_stage_learning_rate (`float`, defaults to 0.01, as released): its constant rate.
+        lp_variant (`str`): `"dynacl"` (default) or `"air"`.
+
+    Raises:
+        ValueError: for an unknown variant, fewer than 2 clusters or no epoch.
+
+    Source: Luo et al. 2023 (DynACL++), `LPAFT.py` and `assign_label.py`, which fixes 10 clusters even for CIFAR-100;
+        Xu et al. 2023 (AIR++), `LP-AFF.py`: k-means with tolerance 1e-5 on features of the clean branch, a zero head,
+        probe and fine-tuning with weight decay 1e-4 and batch 512.
+    """
+
+    clusters: None | int = field(
+        default=None, metadata={"help": "Pseudo-classes of k-means; unset: as many as the data set has classes."}
+    )
+    probe_stage_epochs: float = field(default=10.0, metadata={"help": "Epochs of the linear probe; published: 10."})
+    probe_stage_learning_rate: float = field(
+        default=0.01, metadata={"help": "Constant learning rate of the linear probe; published: 0.01."}
+    )
+    lp_variant: Literal["dynacl", "air"] = field(
+        default="dynacl", metadata={"help": "dynacl: one norm branch; air: attack measured from the clean branch."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.lp_variant not in ("dynacl", "air"):
+            raise ValueError(f"lp_variant must be dynacl or air, got {self.lp_variant!r}")
+        if self.clusters is not None and self.clusters < 2:
+            raise ValueError(f"clusters must be 2 or more, got {self.clusters}: they serve as classes")
+        if not self.probe_stage_epochs > 0:
+            raise ValueError(f"probe_stage_epochs must be positive, got {self.probe_stage_epochs}: published is 10")
+
+    def objective(self, beta: float = 6.0) -> AFF:
+        """Adversarial full fine-tuning with the branches of the variant.
+
+        Args:
+            beta (`float`, defaults to 6, as published): weight of the KL divergence.
+        """
+        return AFF(beta=beta, clean_branch="adv", reference_branch="clean" if self.lp_variant == "air" else "adv")
+
+    def count(self, dataset: ImageDataset) -> int:
+        """How many clusters a data set is divided into.
+
+        Args:
+            dataset ([`ImageDataset`]): with classes, unless `clusters` is given.
+
+        Raises:
+            ValueError: if neither says how many, or there are fewer images than that.
+        """
+        found = self.clusters or dataset.num_classes
+        if found is None or found < 2:
+            raise ValueError(
+                f"{dataset.name!r} has no classes to count: say how many pseudo-classes, e.g. --clusters 10"
+            )
+        if found > len(dataset):
+            raise ValueError(f"{found} clusters are more than the {len(dataset)} images: lower --clusters")
+        return found
+
+
+def cluster_labels(
+    model: Any, dataset: ImageDataset, clusters: int, *, seed: int, device: Any = "cpu", progress: bool = True
+) -> Tensor:
+    """Assign every image the number of its k-means cluster in the space of the features.
+
+    Args:
+        model ([`RobustModelForPreTraining`]): the encoder; features come through its clean branch where it has one.
+        dataset ([`ImageDataset`]): images, un-augmented; labels are not read.
+        clusters (`int`): at least 2.
+        seed (`int`): of the initial centres.
+        device (`Any`): where the features are computed.
+        progress (`bool`): show a bar.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: int64, in the order of the data set.
+
+    Raises:
+        ValueError: if the features have fewer different clusters.
+
+    Source: released AIR, `LP-AFF.py`: Euclidean k-means on pooled features of un-augmented images, clean branch.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    branches = model.switch.branches
+    branch = "clean" if "clean" in branches else branches[0]
+    with frozen(model):
+        features = extract_features(
+            lambda x: model.features(x, branch),
+            dataset,
+            size=model.config.image_size,
+            device=device,
+            progress=progress,
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said below, with what to do
+        found = KMeans(clusters, n_init=10, tol=_TOLERANCE, random_state=seed).fit_predict(features.numpy())
+    labels = torch.from_numpy(found).long()
+    if (distinct := len(labels.unique())) < clusters:
+        raise ValueError(
+            f"the features of {len(dataset)} images fall into {distinct} clusters where {clusters} were asked for: "
+            "lower --clusters; with 1 the encoder gives every image the same features and has not learned anything"
+        )
+    return labels
+
+
+def train_head(
+    model: Any,
+    objective: Objective,
+    args: RobustFinetuningArguments,
+    dataset: ImageDataset,
+    *,
+    folder: str | Path,
+    resume: bool,
+    **changes: Any,
+) -> dict[str, Tensor]:
+    """Train a linear head on a frozen encoder as a stage of its own, once.
+
+    Args:
+        model ([`RobustModelForPreTraining`]): a classifier.
+        objective ([`Objective`]): SLF or ALF.
+        args ([`RobustFinetuningArguments`]): of the whole run.
+        dataset ([`ImageDataset`]): labelled images.
+        folder (`str` or `Path`): of the stage; what a finished stage left there is taken when resuming.
+        resume (`bool`): go on with an earlier run.
+        changes (`Any`): training arguments that differ from those of the run.
+
+    Returns:
+        `dict[str, torch.Tensor]`: weight `(C, D)` and bias `(C,)` of the head.
+    """
+    file = Path(folder) / _HEAD
+    if resume and file.is_file():
+        return load_file(file)
+    stage = copy.copy(args)
+    unchosen = {"keep": "last", "lr_rule": "milestones", "lr_milestones": None, "auto_lr_epochs": None}
+    for name, value in {**unchosen, "max_steps": -1, "output_dir": str(folder), **changes}.items():
+        setattr(stage, name, value)
+    trainer = RobustFinetuner(model, stage, objective, train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=bool(resume and latest_complete(folder)) or None)
+    head = {name: value.detach().cpu().contiguous() for name, value in model.classifier.state_dict().items()}
+    if trainer.is_world_process_zero():
+        save_file(head, file)
+    trainer.accelerator.wait_for_everyone()
+    return head
+
+
+def post_process(
+    encoder: str | Path,
+    dataset: ImageDataset,
+    settings: PostProcessing,
+    args: RobustFinetuningArguments,
+    *,
+    beta: float = 6.0,
+    attack: PGD | None = None,
+    image_size: int | None = None,
+) -> RobustFinetuner:
+    """Cluster, probe, fine-tune; every finished stage in `args.output_dir` is taken up by a resumed run.
+
+    Args:
+        encoder (`str` or `Path`): folder or repository of an encoder, or a training checkpoint.
+        dataset ([`ImageDataset`]): images; labels are not read.
+        settings ([`PostProcessing`]): clusters, probe, variant.
+        args ([`RobustFinetuningArguments`]): of the adversarial fine-tuning, whose folder holds all stages.
+        beta (`float`, defaults to 6, as published): of TRADES.
+        attack ([`PGD`], *optional*): default: that of AFF.
+        image_size (`int`, *optional*): default: the encoder's.
+
+    Returns:
+        [`RobustFinetuner`]: after the training; `save_encoder` writes the result.
+
+    Raises:
+        ValueError: if the labels of an earlier run do not belong to this one.
+    """
+    folder, resume = Path(str(args.output_dir)), bool(args.resume_from_checkpoint)
+    clusters, objective = settings.count(dataset), settings.objective(beta)
+    branches = ("clean", "adv")
+    reader: Any = build_classifier(encoder, clusters, branches, image_size)
+    reader = reader.to(args.device)
+    labels = _labels(folder, reader, dataset, clusters, args, resume)
+    labelled = dataset.relabelled(labels)
+    head = train_head(
+        build_classifier(encoder, clusters, ("adv",), image_size),
+        SLF(),
+        args,
+        labelled,
+        folder=folder / _PROBE,
+        resume=resume,
+        num_train_epochs=settings.probe_stage_epochs,
+        learning_rate=settings.probe_stage_learning_rate,
+    )
+    model = build_classifier(encoder, clusters, objective.norm_branches, image_size)
+    model.classifier.load_state_dict(head)
+    trainer = RobustFinetuner(model, args, objective, attack, train_dataset=labelled)
+    trainer.train(resume_from_checkpoint=bool(resume and latest_complete(folder)) or None)
+    return trainer
+
+
+def _labels(
+    folder: Path, model: Any, dataset: ImageDataset, clusters: int, args: RobustFinetuningArguments, resume: bool
+) -> Tensor:
+    """Those of an earlier run when resuming, else new ones, which are written down."""
+    file = folder / _LABELS
+    facts = {"dataset": dataset.name, "images": len(dataset), "clusters": clusters, "seed": args.seed}
+    if resume and file.is_file():
+        stored = json.loads(file.read_text())
+        differing = [f"{k}: {stored.get(k)} there, {v} here" for k, v in facts.items() if stored.get(k) != v]
+        if differing:
+            raise ValueError(
+                f"{file} belongs to another run ({'; '.join(differing)}): resume with the same settings, or start "
+                "anew in another --output_dir"
+            )
+        return torch.tensor(stored["labels"])
+    show = not args.disable_tqdm and args.process_index == 0
+    labels = cluster_labels(model, dataset, clusters, seed=args.seed, device=args.device, progress=show)
+    labels = _of_first_process(labels.to(args.device)).cpu()
+    if args.process_index == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**facts, "labels": labels.tolist()}))
+    return labels
+
+
+def _of_first_process(labels: Tensor) -> Tensor:
+    """The same on all processes, whatever the last bit of their features made of the centres."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(labels, src=0)
+    return labels
