@@ -36,8 +36,9 @@ from hf_robust.coresets import Coreset, CoresetMethod, FullData
 from hf_robust.coresets.phases import CoresetPhases
 from hf_robust.data import ImageDataset, load_image_dataset
 from hf_robust.evaluation.coreset_pictures import plot_coresets
+from hf_robust.evaluation.curves import plot_curves
 from hf_robust.evaluation.environment import collect_environment, command_line, redact
-from hf_robust.evaluation.pictures import plot_curves, plot_examples
+from hf_robust.evaluation.pictures import plot_examples
 from hf_robust.evaluation.probe import ProbeResult
 from hf_robust.evaluation.report import EncoderReport
 from hf_robust.image_sources import MissingSplitError, find_image_column, find_label_column, open_split, read_labels
@@ -47,6 +48,7 @@ from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretraini
 from hf_robust.objectives import Objective, load_objective
 from hf_robust.objectives.base import check_fit
 from hf_robust.pretrainer import RobustPretrainer
+from hf_robust.run_facts import dataset_title, training_facts
 from hf_robust.views import Views
 
 DIGITS = Path(__file__).parent / "configs" / "digits_cpu.yaml"
@@ -58,12 +60,6 @@ def say(run: PretrainRun, text: str) -> None:
     """Print on one process only."""
     if run.training.process_index == 0:
         print(text, flush=True)
-
-
-def dataset_title(run: PretrainRun) -> str:
-    """The data set as cards and tables call it: a Hub id, or the last part of a path."""
-    source = Path(run.data.dataset_name)
-    return source.resolve().name if source.exists() else run.data.dataset_name
 
 
 class Undecoded(SimpleNamespace):
@@ -83,7 +79,7 @@ def check_before_decoding(run: PretrainRun, image_size: int) -> None:
     column = find_label_column(table.features, data.label_column, data.dataset_name)
     labels, _, classes = read_labels(table, column, data.dataset_name)
     images = min(len(table), data.max_examples or len(table))
-    train = Undecoded(images=images, name=dataset_title(run), labels=labels, num_classes=classes)
+    train = Undecoded(images=images, name=dataset_title(run.data.dataset_name), labels=labels, num_classes=classes)
     model = SimpleNamespace(config=model_config(run, run.objective, image_size, classes))
     check_fit(run.objective, model, train)
     if len(table) and data.on_error == "raise":  # otherwise nobody knows yet how many images there are
@@ -102,7 +98,7 @@ def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDat
     train = load_image_dataset(
         data.dataset_name, data.split, **columns, on_error=data.on_error, max_examples=data.max_examples
     )
-    train.name = dataset_title(run)
+    train.name = dataset_title(run.data.dataset_name)
     if train.labels is None or train.num_classes == 1 or not data.eval_split:
         say(run, "No labels to probe with: the encoder is trained, but its accuracy is not measured.")
         return train, None
@@ -114,7 +110,7 @@ def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDat
     if evaluation.labels is None:
         say(run, f"The split {data.eval_split!r} has no labels: the accuracy of the encoder is not measured.")
         return train, None
-    evaluation.name = dataset_title(run)
+    evaluation.name = dataset_title(run.data.dataset_name)
     return train, evaluation
 
 
@@ -234,23 +230,6 @@ def coreset_facts(trainer: RobustPretrainer) -> dict[str, Any] | None:
     }
 
 
-def training_facts(trainer: RobustPretrainer) -> dict[str, Any]:
-    """The entry of the report about the training."""
-    args = trainer.args
-    return {
-        "epochs": trainer.epoch,
-        "steps": trainer.state.global_step,
-        "batch_size": args.per_device_train_batch_size * args.world_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "optimizer": args.optimizer,
-        "learning_rate": args.learning_rate,
-        "precision": trainer.accelerator.mixed_precision.replace("no", "fp32"),
-        "seed": args.seed,
-        "seconds": trainer.training_seconds,
-        "processes": args.world_size,
-    }
-
-
 def write_report(
     run: PretrainRun,
     trainer: RobustPretrainer,
@@ -262,7 +241,7 @@ def write_report(
     objective, config = trainer.objective, trainer.encoder_model.config
     base = getattr(objective, "base", None)
     parameters = {k: v for k, v in vars(objective).items() if k != "base"} | (vars(base) if base else {})
-    dataset = dataset_title(run)
+    dataset = dataset_title(run.data.dataset_name)
     name = f"{objective.title} {config.architecture} {dataset.split('/')[-1]}"
     rows = [r.to_result(name if k == objective.title else k) for k, r in results.items()]
     attack = run.attack if "adv" in objective.norm_branches else None

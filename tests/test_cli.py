@@ -10,13 +10,16 @@ import pytest
 from hf_robust.attacks import PGD
 from hf_robust.cli import DataArguments, ModelArguments, PretrainRun, parse_pretrain
 from hf_robust.coresets import RCS, Coreset, FullData, RandomCoreset, StoredCoreset, coreset_names, load_coreset_method
-from hf_robust.objectives import load_objective, objective_names
+from hf_robust.flags import method_names
+from hf_robust.objectives import load_objective
 from hf_robust.objectives.acl import ACL
 from hf_robust.objectives.air import AIR
 from hf_robust.objectives.dynacl import DynACL
 from hf_robust.objectives.sat import SAT
 from hf_robust.objectives.simclr import SimCLR
 from hf_robust.training_args import WITHOUT_EFFECT, RobustTrainingArguments
+
+METHODS = method_names(finetuning=False)
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def test_without_flags_every_default_is_the_dataclass_default():
     assert run.model_args == {} and run.coreset == FullData()
 
 
-@pytest.mark.parametrize("name", objective_names())
+@pytest.mark.parametrize("name", METHODS)
 def test_every_objective_on_disk_has_its_fields_as_flags(name):
     run = parse_pretrain(["--objective", name.upper()])
     assert run.objective == load_objective(name)()
@@ -83,6 +86,14 @@ def test_flags_reach_every_part():
 def test_budgets_are_fractions_or_numbers_in_both_places(config, text, value):
     assert parse_pretrain(["--eps", text, "--step_size", text]).attack == PGD(value, value)
     assert parse_pretrain(["--config", config(f"eps: {text}", f"step_size: {text}")]).attack == PGD(value, value)
+
+
+def test_the_start_of_the_attack_may_be_gaussian(config, refused):
+    assert parse_pretrain([]).attack.start_std is None
+    assert parse_pretrain(["--start_std", "0.001"]).attack == PGD(start_std=0.001)
+    assert parse_pretrain(["--config", config("start_std: 1.0e-3")]).attack == PGD(start_std=0.001)
+    assert parse_pretrain(["--config", config("start_std:")]).attack == PGD()
+    assert refused("--start_std", "0.001", "--random_start", "false").startswith("start_std=0.001 asks for a random")
 
 
 def test_impossible_budgets_tell_what_to_write(refused, config):
@@ -234,6 +245,8 @@ def test_objective_and_base_of_the_command_line_win(config):
     [
         ("--objective aclx", "unknown objective 'aclx': did you mean 'acl'? known objectives are acl, air, dynacl"),
         ("--objective", "argument --objective: expected one argument"),
+        ("--objective AFF", "AFF fine-tunes an encoder: run examples/finetune.py --mode aff"),
+        ("--objective air --base slf", "slf fine-tunes an encoder: run examples/finetune.py --mode slf"),
         ("--base dynacl", "--base dynacl has no meaning for acl: only methods such as air stand on another"),
         ("--objective air --base dynalc", "unknown objective 'dynalc': did you mean 'dynacl'?"),
         (
@@ -377,7 +390,7 @@ def test_resume_true_is_not_the_name_of_a_folder(config):
 
 
 # ---------------------------------------------------------------------- help
-@pytest.mark.parametrize("name", objective_names())
+@pytest.mark.parametrize("name", METHODS)
 def test_help_explains_the_fields_of_every_part(capsys, name):
     with pytest.raises(SystemExit) as exit:
         parse_pretrain(["--objective", name, "--help"], description="First line.")
@@ -392,7 +405,7 @@ def test_help_explains_the_fields_of_every_part(capsys, name):
     for kind in (DataArguments, ModelArguments, load_objective(name), PGD):
         for field in (f for f in dataclasses.fields(kind) if f.name != "base"):
             assert " ".join(field.metadata["help"].split()) in words, field.name
-    assert "8/255" in words and ", ".join(objective_names()) in words
+    assert "8/255" in words and ", ".join(METHODS) in words
 
 
 def test_help_of_air_shows_the_flags_of_its_base(capsys):
