@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cells import load_records, mean_and_spread, work_through
 from transformers import set_seed
 
 from hf_robust.attacks import PGD
@@ -253,62 +251,25 @@ def run(options: argparse.Namespace) -> None:
     """Work through the cells that no file and no other process has."""
     torch.set_num_threads(options.threads)
     size, folder = SIZES[options.size], Path(options.output_dir)
-    results = folder / "cells"
-    results.mkdir(parents=True, exist_ok=True)
-    environment = collect_environment()
+    facts = {"size": dataclasses.asdict(size), "environment": collect_environment()}
     columns = {"image_size": 32, "label_column": options.label_column, "image_column": options.image_column}
     train = load_image_dataset(options.dataset_name, "train", max_examples=size.images, **columns)
     evaluation = load_image_dataset(options.dataset_name, "test", **columns)
     train.name = evaluation.name = Path(options.dataset_name).name  # no path of this machine in a result
-    for cell in cells(options.seeds):
-        path, lock = results / f"{cell.name}.json", results / f"{cell.name}.lock"
-        if path.exists() or (options.only and options.only not in cell.name) or not _claim(lock):
-            continue
-        if path.exists():  # finished by the other process in between
-            lock.unlink()
-            continue
-        print(f"{time.strftime('%H:%M:%S')} {cell.name}", flush=True)
-        found = run_cell(cell, size, train, evaluation, folder)
-        record = {**found, "size": dataclasses.asdict(size), "environment": environment}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1, default=str))
-        os.replace(temporary, path)
-        lock.unlink()
-    print("no cell is left for this process")
-
-
-def _claim(lock: Path) -> bool:
-    """Take a cell, unless a living process has it."""
-    try:
-        with open(lock, "x") as file:
-            file.write(str(os.getpid()))
-        return True
-    except FileExistsError:
-        pass
-    try:
-        os.kill(int(lock.read_text()), 0)
-    except (OSError, ValueError):  # its process was killed
-        lock.write_text(str(os.getpid()))
-        return True
-    return False
+    work_through(
+        cells(options.seeds),
+        lambda cell: {**run_cell(cell, size, train, evaluation, folder), **facts},
+        folder,
+        only=options.only,
+    )
 
 
 def load_cells(folder: Path) -> dict[tuple[str, str, float], list[dict[str, Any]]]:
     """Finished cells, grouped over seeds."""
     groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-    for path in sorted((folder / "cells").glob("*.json")):
-        record = json.loads(path.read_text())
+    for record in load_records(folder):
         groups.setdefault((record["objective"], record["method"], record["fraction"]), []).append(record)
-    if not groups:
-        sys.exit(f"error: no finished cell in {folder / 'cells'}: start with `run`")
     return groups
-
-
-def mean_and_spread(group: list[dict[str, Any]], key: str, scale: float = 1.0, digits: int = 1) -> str:
-    """Mean and sample standard deviation over seeds."""
-    values = [record[key] * scale for record in group]
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def split(group: list[dict[str, Any]], clock: str) -> tuple[float, float]:
