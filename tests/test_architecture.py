@@ -50,6 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 SIBLINGS: dict[str, tuple[str, ...]] = {
     "models.modeling": ("models.backbones",),
     "models.encoder": ("models.backbones",),
+    "models.folded": ("models.modeling",),
     "objectives.*": ("objectives.*",),
     "coresets.*": ("coresets.base", "coresets.*"),
     "evaluation.coreset_pictures": ("coresets.base", "evaluation.picture_style"),
