@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("hub_files", "hub_folders"),
     ),
     ("objectives", "coresets", "evaluation", "training_args", "callbacks", "checkpoints", "model_card_texts", "hub"),
-    ("finetuning_args", "flags", "adapters", "classifiers", "model_card"),
+    ("finetuning_args", "flags", "held_out", "adapters", "classifiers", "model_card"),
     ("trainer",),
     ("pretrainer", "finetuner"),
     ("postprocessing", "presets", "run_facts"),

@@ -49,8 +49,9 @@ from hf_robust.attacks import PGD
 from hf_robust.classifiers import build_classifier
 from hf_robust.data import ImageDataset, load_image_dataset
 from hf_robust.evaluation.environment import collect_environment
-from hf_robust.finetuner import RobustFinetuner, split_validation
+from hf_robust.finetuner import RobustFinetuner
 from hf_robust.finetuning_args import RobustFinetuningArguments
+from hf_robust.held_out import split_validation
 from hf_robust.objectives import Objective, load_objective
 from hf_robust.objectives.aff import AFF
 from hf_robust.objectives.autolora import AutoLoRa
