@@ -51,7 +51,7 @@ _PUBLIC = {
     "save_adapter": "adapters",
     "save_classifier": "classifiers",
     "save_encoder": "hub",
-    "split_validation": "finetuner",
+    "split_validation": "held_out",
     "with_adapter": "adapters",
     "with_lora_path": "adapters",
     "without_lora": "adapters",

@@ -259,7 +259,7 @@ def _read_base(base: str, num_labels: int) -> Any:
             return AutoModelForImageClassification.from_pretrained(
                 base, num_labels=num_labels, use_safetensors=True, trust_remote_code=False
             ).eval()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"an adapter belongs to an encoder, and {base!r} cannot be read as one ({str(error).splitlines()[0]}): "
             "write the folder of save_encoder, or the Hub repository, that the fine-tuning started from"
@@ -293,6 +293,10 @@ def _check_same(classifier: Any, model: AdaptedModel, base: str) -> tuple[str, .
     mean, std = plain.config.mean or (0.0,) * 3, plain.config.std or (1.0,) * 3
     if (tuple(cfg.get("mean", ())), tuple(cfg.get("std", ()))) != (tuple(mean), tuple(std)):
         differ.append("mean and std of the images")
+    side = (cfg.get("input_size") or (0, 0, 0))[-1]
+    if isinstance(model, AdapterModel) and side != plain.config.image_size:
+        # whoever loads the adapter takes the image processor of the base
+        differ.append(f"the image size ({side} pixels there, {plain.config.image_size} here)")
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise ValueError(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "check_run",
     "discard",
+    "fingerprint",
     "is_write_error",
     "latest_complete",
     "open_for_writing",
@@ -148,6 +151,23 @@ def check_run(checkpoint: str | Path, run: dict[str, str]) -> None:
             f"{str(checkpoint)!r} belongs to another run ({'; '.join(differing)}): resume with the same settings, or "
             "start anew in another --output_dir"
         )
+
+
+def fingerprint(model: Any) -> str:
+    """Tell networks apart by their weights and buffers, adapters left out.
+
+    Args:
+        model (`Any`): has a `state_dict`.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(model.state_dict().items()):
+        if "lora_" not in name:
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def is_write_error(error: BaseException) -> bool:

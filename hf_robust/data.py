@@ -165,6 +165,35 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
             self.images, labels, names, name=self.name, image_size=self.image_size, encoded=self._encoded
         )
 
+    def numbered_as(self, other: ImageDataset) -> ImageDataset:
+        """Return the same images with the classes of another split, matched by name where both have names.
+
+        A split that lacks a class numbers the others anew when its source stores names as text.
+
+        Args:
+            other (`ImageDataset`): labelled; its numbers count.
+
+        Raises:
+            `ValueError`: a class that the other split does not have, or no labels.
+        """
+        if self.labels is None or other.labels is None:
+            raise ValueError(f"classes of {self.name!r} and {other.name!r} cannot be matched: one has no labels")
+        if not self.label_names or not other.label_names or self.label_names == other.label_names:
+            if int(self.labels.max()) >= (other.num_classes or 0):
+                raise ValueError(
+                    f"{self.name!r} has the class {int(self.labels.max())}, the training images have "
+                    f"{other.num_classes} classes: use splits of one data set"
+                )
+            return self
+        unknown = sorted(set(self.label_names) - set(other.label_names))
+        if unknown:
+            raise ValueError(
+                f"{self.name!r} has the classes {unknown[:5]} that the training images do not have "
+                f"({', '.join(other.label_names[:5])} ...): use splits of one data set"
+            )
+        numbers = torch.tensor([other.label_names.index(name) for name in self.label_names])
+        return self.relabelled(numbers[self.labels], other.label_names)
+
     def __len__(self) -> int:
         if self.images is not None:
             return len(self.images)

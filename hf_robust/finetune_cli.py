@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import difflib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from hf_robust.attacks import PGD
-from hf_robust.finetuning_args import RobustFinetuningArguments
+from hf_robust.finetuning_args import RobustFinetuningArguments, falls
 from hf_robust.flags import (
     FlagParser,
     ImageArguments,
@@ -35,21 +35,8 @@ from hf_robust.presets import Preset, load_preset
 
 __all__ = ["ClassifierArguments", "FinetuneDataArguments", "FinetuneRun", "finetune_modes", "parse_finetune"]
 
+_OF_PRETRAINING = ("probe_every", "probe_examples", "probe_eval_examples")  # training arguments without a use here
 POST = "lp_aff"  # no method of its own: AFF on pseudo-labels, after a linear probe on them
-# Published post-processing (AIR, `LP-AFF.py`): batch 512, last partial batch dropped; real labels choose nothing.
-_POST_RECIPE: Mapping[str, Any] = MappingProxyType(
-    {
-        **AFF.recipe,
-        "per_device_train_batch_size": 512,
-        "learning_rate": 0.1,
-        "lr_milestones": [10, 20],
-        "num_train_epochs": 25,
-        "weight_decay": 1e-4,
-        "dataloader_drop_last": True,
-        "keep": "last",
-        "validation_fraction": 0.0,
-    }
-)
 
 
 @dataclass
@@ -171,7 +158,7 @@ def parse_finetune(
     free = set(namespace) - {name for name in namespace if given(argv, name)}
     if mode == written:  # the file's lists of epochs were written for its own mode
         free -= values.keys()
-    _drop_unfit(namespace, mode, free)
+    _drop_unfit(namespace, mode, free, preset)
     try:
         if preset and not (chosen.dataset_name or values.get("dataset_name")):
             raise ValueError(f"--preset {preset.name} does not say where the images are: add --dataset_name")
@@ -219,7 +206,7 @@ def _method_defaults(mode: str) -> dict[str, Any]:
     method = AFF if mode == POST else load_objective(mode)
     attack = dataclasses.asdict(method.training_attack)
     budgets = {name: show_budget(attack[name]) for name in ("eps", "step_size")}
-    recipe = _POST_RECIPE if mode == POST else method.recipe
+    recipe = PostProcessing.recipe if mode == POST else method.recipe
     return {**copy.deepcopy(dict(recipe)), **attack, **budgets}  # its lists go into the arguments of the run
 
 
@@ -238,6 +225,9 @@ def _parser(mode: str, description: str | None, prog: str | None) -> FlagParser:
         epilog=_modes_explained(),
         usage="%(prog)s --encoder DIR_OR_REPO [--mode MODE] [--config FILE] [--dataset_name NAME] [--FLAG VALUE]",
     )
+    for action in parser._actions:
+        if action.dest in _OF_PRETRAINING:
+            action.help = argparse.SUPPRESS
     parser.add_argument("--config", help="YAML file whose keys are these flags; flags override it.")
     parser.add_argument("--encoder", help="Folder or Hub repository of the encoder, or a training checkpoint.")
     parser.add_argument(
@@ -258,17 +248,17 @@ def _modes_explained() -> str:
     return "\n".join(["modes (--mode MODE --help shows the flags and defaults of each):", *lines])
 
 
-def _drop_unfit(namespace: dict[str, Any], mode: str, free: set[str]) -> None:
+def _drop_unfit(namespace: dict[str, Any], mode: str, free: set[str], preset: Preset | None) -> None:
     """Defaults that what was chosen beside them makes meaningless fall away; `free` are those nobody wrote."""
     if "start_std" in free and namespace["random_start"] is False:
         namespace["start_std"] = None
-    rule = namespace["lr_rule"]
-    if "lr_milestones" in free and rule != "milestones":
-        namespace["lr_milestones"] = None
-    # Halving epochs are those of a run as long as the published one; another length looks back every fourth epoch.
-    other_length = namespace["num_train_epochs"] != _method_defaults(mode)["num_train_epochs"]
-    if "auto_lr_epochs" in free and (rule != "auto" or other_length):
-        namespace["auto_lr_epochs"] = None
+    # In a run of another length than the published one the rate falls at the same shares of it.
+    recipe = {**_method_defaults(mode), **(preset.flags if preset else {})}
+    fitting = falls(recipe, namespace["num_train_epochs"], namespace["lr_rule"])
+    for name, value in fitting.items():
+        wanted = namespace["lr_rule"] == ("milestones" if name == "lr_milestones" else "auto")
+        if name in free and (not wanted or namespace[name] == recipe.get(name)):
+            namespace[name] = value
 
 
 def _build(values: dict[str, Any], mode: str, preset: Preset | None) -> FinetuneRun:

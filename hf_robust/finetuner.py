@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -16,10 +17,10 @@ from torch import Tensor
 from hf_robust.adapters import AdapterModel, LoraPathModel, merge_adapter, save_adapter, without_lora
 from hf_robust.attacks import PGD, frozen
 from hf_robust.auto_lr import AutoLearningRate
+from hf_robust.checkpoints import fingerprint
 from hf_robust.classifiers import save_classifier
 from hf_robust.data import ImageDataset
 from hf_robust.evaluation.accuracy import Accuracy, measure_accuracy
-from hf_robust.evaluation.probe import stratified_indices
 from hf_robust.finetuning_args import RobustFinetuningArguments
 from hf_robust.hub import save_encoder
 from hf_robust.models.norm import NormBranches
@@ -28,45 +29,12 @@ from hf_robust.optim import step_decay
 from hf_robust.trainer import RobustTrainer
 from hf_robust.views import Views
 
-__all__ = ["RobustFinetuner", "split_validation"]
+__all__ = ["RobustFinetuner"]
+
+logger = logging.getLogger(__name__)
 
 _STATE, _BEST = "finetune.json", "best.safetensors"
 _STEP_SIZE = 2 / 255  # of the attack on the validation images, as published
-
-
-def split_validation(dataset: ImageDataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset | None]:
-    """Hold a part of the training images out, of each class the same share and at least one image.
-
-    Args:
-        dataset ([`ImageDataset`]): labelled.
-        fraction (`float`): share that is held out, in [0, 1).
-        seed (`int`): of the choice.
-
-    Returns:
-        `tuple[ImageDataset, ImageDataset | None]`: images to train on, images to choose by; `None` for fraction 0.
-
-    Raises:
-        ValueError: if a class has no image left to train on, or there are no labels.
-    """
-    if not fraction:
-        return dataset, None
-    if dataset.labels is None:
-        raise ValueError(
-            f"fine-tuning is supervised and {dataset.name!r} has no labels: name the label column (--label_column); a "
-            "folder of images needs one subfolder per class, at least two"
-        )
-    classes, counts = dataset.labels.unique(return_counts=True)
-    held_out = stratified_indices(dataset.labels, max(len(classes), round(fraction * len(dataset))), seed)
-    kept = torch.ones(len(dataset), dtype=torch.bool)
-    kept[held_out] = False
-    train, validation = dataset.subset(kept.nonzero().flatten()), dataset.subset(held_out)
-    missing = sorted(set(classes.tolist()) - set(cast(Tensor, train.labels).tolist()))
-    if missing:
-        raise ValueError(
-            f"holding out {fraction:g} of {dataset.name!r} leaves no image of the classes {missing[:5]} to train on "
-            f"(the rarest class has {int(counts.min())}): lower --validation_fraction, or write 0 with --keep last"
-        )
-    return train, validation
 
 
 class RobustFinetuner(RobustTrainer):
@@ -83,7 +51,7 @@ class RobustFinetuner(RobustTrainer):
         objective ([`Objective`]): SLF, ALF, AFF, LoRA, AutoLoRa.
         attack ([`PGD`], *optional*): the training attack; default: the method's own.
         train_dataset ([`ImageDataset`]): labelled images.
-        validation_dataset ([`ImageDataset`], *optional*): those that decide, see [`split_validation`].
+        validation_dataset ([`ImageDataset`], *optional*): those that decide, see `held_out.split_validation`.
         views ([`Views`], *optional*): default: at the model's image size.
         kwargs: passed on to [`RobustTrainer`].
 
@@ -113,11 +81,13 @@ class RobustFinetuner(RobustTrainer):
         # the training budget where it is L-inf, else the published one
         eps = attack.eps if attack.norm == "linf" else 8 / 255
         self.validation_attack = PGD(eps, _STEP_SIZE, args.validation_steps)
+        self._start = fingerprint(model)
         self._restart()
 
     def _restart(self) -> None:
         self.rate = AutoLearningRate(self.args.learning_rate, self.args.halving_epochs)
         self._best: dict[str, Tensor] = {}
+        self._best_of = (-1.0, -1.0, 0)  # PGD accuracy, standard accuracy, epoch
         self._standard_accuracy, self._measured_at = 0.0, -1
 
     # ------------------------------------------------------------------ one step
@@ -145,6 +115,7 @@ class RobustFinetuner(RobustTrainer):
         request, step = self.objective.accuracy_request, self.state.global_step
         if request is None or self._measured_at == step:
             return
+        self.stop_if_not_finite()
         position, parts = step % self._steps_per_round, max(1, request.per_epoch - 1)
         between = request.per_epoch > 1 and position % max(1, self._steps_per_round // parts) == 0
         if position and not between:
@@ -195,7 +166,7 @@ class RobustFinetuner(RobustTrainer):
                 size=self.views.size,
                 attack=attack,
                 view=view,
-                batch_size=256,
+                batch_size=self.args.per_device_eval_batch_size,
                 seed=self.args.seed if seed is None else seed,
                 device=self.args.device,
                 shared=True,
@@ -207,10 +178,13 @@ class RobustFinetuner(RobustTrainer):
         unfinished = math.floor(epoch + 1e-6) == math.floor(before + 1e-6)
         if self.validation_dataset is None or (unfinished and self.state.global_step < self.state.max_steps):
             return
+        self.stop_if_not_finite()
         found = self.measure(self.validation_dataset, self.validation_attack)
-        decision = self.rate.update(math.ceil(epoch - 1e-6), cast(float, found.attacked))
+        number, attacked = math.ceil(epoch - 1e-6), cast(float, found.attacked)
+        decision = self.rate.update(number, attacked)
         module = self.accelerator.unwrap_model(self.model)
-        if decision.is_best:
+        if (attacked, found.standard) > self._best_of[:2]:  # of equals under attack, the better on clean images
+            self._best_of = (attacked, found.standard, number)
             self._best = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
         if decision.restore:
             module.load_state_dict(self._best)
@@ -248,18 +222,29 @@ class RobustFinetuner(RobustTrainer):
         output = super().train(*args, **kwargs)
         if self.args.keep == "best" and self._best:
             self.accelerator.unwrap_model(self.model).load_state_dict(self._best)
+            self._warn_of_chance()
         return output
+
+    def _warn_of_chance(self) -> None:
+        chance, (attacked, standard, epoch) = 1 / self.train_dataset.num_classes, self._best_of
+        if attacked <= chance:
+            logger.warning(
+                "the best accuracy under attack on held-out images, %.1f %% after epoch %d, is not above chance "
+                "(%.1f %%), so the kept weights say little (%.1f %% on clean images): the encoder is not robust, or "
+                "the training was too short; --keep last keeps the last epoch",
+                *(100 * attacked, epoch, 100 * chance, 100 * standard),
+            )
 
     @property
     def kept_epoch(self) -> int | None:
         """The epoch whose weights stay, counted from 1; `None` for the last one."""
-        return self.rate.best_epoch if self.args.keep == "best" and self._best else None
+        return self._best_of[2] if self.args.keep == "best" and self._best else None
 
     def save_beside(self, checkpoint: Path) -> None:
         """Add the controllers and the best weights so far."""
         super().save_beside(checkpoint)
         state = {"rate": self.rate.state_dict(), "accuracy": self._standard_accuracy, "measured_at": self._measured_at}
-        (checkpoint / _STATE).write_text(json.dumps(state))
+        (checkpoint / _STATE).write_text(json.dumps({**state, "best": self._best_of}))
         if self._best:
             plain = {name: value.contiguous() for name, value in self._best.items()}  # channels_last is not saved
             save_file(plain, checkpoint / _BEST)
@@ -270,6 +255,7 @@ class RobustFinetuner(RobustTrainer):
         state = json.loads((folder / _STATE).read_text())
         self.rate.load_state_dict(state["rate"])
         self._standard_accuracy, self._measured_at = state["accuracy"], state["measured_at"]
+        self._best_of = tuple(state["best"])
         self._best = load_file(folder / _BEST) if (folder / _BEST).is_file() else {}
 
     def describe_run(self) -> dict[str, str]:
@@ -282,6 +268,7 @@ class RobustFinetuner(RobustTrainer):
             "views": repr(self.views),
             "rate, halving epochs, kept, validation steps, nesterov": repr(rule),
             "validation images": str(held_out),
+            "weights at the start": self._start,
         }
 
     # ------------------------------------------------------------------ what leaves
@@ -352,10 +339,21 @@ def _check_fit(
     }
     wanted = [reason for reason, holds in reasons.items() if holds]
     if validation is None and wanted:
+        other = "keep='last' and lr_rule='milestones'"
+        if reasons[f"{objective.title} weighs its terms"]:
+            other += ", with formulation='released', which weighs by training images"
         raise ValueError(
             f"{wanted[0]} by validation images and validation_dataset is missing: hold images out with "
-            "split_validation(dataset, 0.05, seed), or write keep='last' and lr_rule='milestones'"
+            f"split_validation(dataset, 0.05, seed), or write {other}"
         )
+    pairs = {"rank": "lora_rank", "init": "lora_init", "norm_update": "norm_update", "alpha": "lora_alpha"}
+    for mine, theirs in pairs.items():
+        built = getattr(model.config, theirs, None)
+        if hasattr(objective, mine) and hasattr(model.config, theirs) and getattr(objective, mine) != built:
+            raise ValueError(
+                f"{objective.title} says {mine}={getattr(objective, mine)!r}, the adapters of the model were built "
+                f"with {built!r}: give both the same"
+            )
 
 
 def _choose_what_trains(model: Any, objective: Objective) -> None:

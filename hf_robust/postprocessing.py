@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_robust.attacks import PGD, frozen
-from hf_robust.checkpoints import latest_complete
+from hf_robust.checkpoints import fingerprint, latest_complete, to_resume
 from hf_robust.classifiers import build_classifier
 from hf_robust.data import ImageDataset
 from hf_robust.evaluation.probe import extract_features
@@ -26,10 +30,15 @@ from hf_robust.objectives import Objective
 from hf_robust.objectives.aff import AFF
 from hf_robust.objectives.slf import SLF
 
-__all__ = ["PostProcessing", "cluster_labels", "post_process", "train_head"]
+__all__ = ["PostProcessing", "cluster_labels", "post_process", "train_head", "where_to_resume"]
 
 logger = logging.getLogger(__name__)
 
+# of a stage that trains a head; another value would give another head
+_STAGE_SETTINGS = (
+    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+    *("lr_milestones", "optimizer", "momentum", "nesterov", "weight_decay", "seed"),
+)
 _LABELS, _HEAD, _PROBE = "pseudo_labels.json", "head.safetensors", "probe"
 _TOLERANCE = 1e-5  # of k-means, as released for AIR
 
@@ -55,6 +64,18 @@ class PostProcessing:
         Xu et al. 2023 (AIR++), `LP-AFF.py`: k-means with tolerance 1e-5 on features of the clean branch, a zero head,
         probe and fine-tuning with weight decay 1e-4 and batch 512.
     """
+
+    recipe: ClassVar[Mapping[str, Any]] = MappingProxyType(  # of the last stage; real labels choose nothing
+        {
+            **AFF.recipe,
+            "per_device_train_batch_size": 512,
+            "lr_milestones": [10, 20],
+            "weight_decay": 1e-4,
+            "dataloader_drop_last": True,
+            "keep": "last",
+            "validation_fraction": 0.0,
+        }
+    )
 
     clusters: None | int = field(
         default=None, metadata={"help": "Pseudo-classes of k-means; unset: as many as the data set has classes."}
@@ -172,18 +193,25 @@ def train_head(
     Returns:
         `dict[str, torch.Tensor]`: weight `(C, D)` and bias `(C,)` of the head.
     """
-    file = Path(folder) / _HEAD
-    if resume and file.is_file():
-        return load_file(file)
-    stage = copy.copy(args)
+    file, stage = Path(folder) / _HEAD, copy.copy(args)
     unchosen = {"keep": "last", "lr_rule": "milestones", "lr_milestones": None, "auto_lr_epochs": None}
     for name, value in {**unchosen, "max_steps": -1, "output_dir": str(folder), **changes}.items():
         setattr(stage, name, value)
+    facts = {
+        "objective": repr(objective),
+        "encoder": fingerprint(model),
+        "images": f"{len(dataset)} of {dataset.name}, labels {_labels_told(dataset)}",
+        **{name: repr(getattr(stage, name)) for name in _STAGE_SETTINGS},
+    }
+    if resume and file.is_file():
+        with safe_open(file, "pt") as stored:
+            _check_facts(file, stored.metadata() or {}, facts)
+        return load_file(file)
     trainer = RobustFinetuner(model, stage, objective, train_dataset=dataset)
     trainer.train(resume_from_checkpoint=bool(resume and latest_complete(folder)) or None)
     head = {name: value.detach().cpu().contiguous() for name, value in model.classifier.state_dict().items()}
     if trainer.is_world_process_zero():
-        save_file(head, file)
+        save_file(head, file, facts)
     trainer.accelerator.wait_for_everyone()
     return head
 
@@ -215,8 +243,9 @@ def post_process(
     Raises:
         ValueError: if the labels of an earlier run do not belong to this one.
     """
-    folder, resume = Path(str(args.output_dir)), bool(args.resume_from_checkpoint)
-    clusters, objective = settings.count(dataset), settings.objective(beta)
+    folder, asked = Path(str(args.output_dir)), args.resume_from_checkpoint
+    resume, clusters, objective = bool(asked), settings.count(dataset), settings.objective(beta)
+    _check_before(args, dataset, folder, resume)
     branches = ("clean", "adv")
     reader: Any = build_classifier(encoder, clusters, branches, image_size)
     reader = reader.to(args.device)
@@ -235,8 +264,35 @@ def post_process(
     model = build_classifier(encoder, clusters, objective.norm_branches, image_size)
     model.classifier.load_state_dict(head)
     trainer = RobustFinetuner(model, args, objective, attack, train_dataset=labelled)
-    trainer.train(resume_from_checkpoint=bool(resume and latest_complete(folder)) or None)
+    trainer.train(resume_from_checkpoint=where_to_resume(asked, folder))
     return trainer
+
+
+def where_to_resume(asked: str | bool | None, folder: str | Path) -> str | bool | None:
+    """Where the last of several stages goes on: it may not have begun when the run was stopped.
+
+    Args:
+        asked (`str`, `bool` or `None`): of the user: a path, or `True` for the newest.
+        folder (`str` or `Path`): of the stage.
+
+    Returns:
+        `str`, `bool` or `None`: for `RobustTrainer.train`.
+    """
+    return asked if isinstance(asked, str) else (bool(asked and latest_complete(folder)) or None)
+
+
+def _check_before(args: RobustFinetuningArguments, dataset: ImageDataset, folder: Path, resume: bool) -> None:
+    """Find out now, not after the first stages, what the last one would refuse."""
+    if args.keep == "best" or args.lr_rule == "auto" or args.validation_fraction:
+        raise ValueError(
+            f"post-processing reads no label, so nothing can choose by accuracy, got keep={args.keep!r}, "
+            f"lr_rule={args.lr_rule!r}, validation_fraction={args.validation_fraction:g}: write --keep last --lr_rule "
+            "milestones --validation_fraction 0, which are its defaults"
+        )
+    args.check_batch(len(dataset))
+    if not resume:  # before anything of an earlier run is written over
+        for stage in (folder, folder / _PROBE):
+            to_resume(stage, None)
 
 
 def _labels(
@@ -245,14 +301,10 @@ def _labels(
     """Those of an earlier run when resuming, else new ones, which are written down."""
     file = folder / _LABELS
     facts = {"dataset": dataset.name, "images": len(dataset), "clusters": clusters, "seed": args.seed}
+    facts["encoder"] = fingerprint(model)
     if resume and file.is_file():
         stored = json.loads(file.read_text())
-        differing = [f"{k}: {stored.get(k)} there, {v} here" for k, v in facts.items() if stored.get(k) != v]
-        if differing:
-            raise ValueError(
-                f"{file} belongs to another run ({'; '.join(differing)}): resume with the same settings, or start "
-                "anew in another --output_dir"
-            )
+        _check_facts(file, stored, facts)
         return torch.tensor(stored["labels"])
     show = not args.disable_tqdm and args.process_index == 0
     labels = cluster_labels(model, dataset, clusters, seed=args.seed, device=args.device, progress=show)
@@ -261,6 +313,21 @@ def _labels(
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**facts, "labels": labels.tolist()}))
     return labels
+
+
+def _check_facts(file: Path, stored: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    differing = [f"{k}: {stored.get(k)} there, {v} here" for k, v in facts.items() if stored.get(k) != v]
+    if differing:
+        raise ValueError(
+            f"{file} belongs to another run ({'; '.join(differing)}): resume with the same settings, or start anew in "
+            "another --output_dir"
+        )
+
+
+def _labels_told(dataset: ImageDataset) -> str:
+    """Another text for other labels."""
+    labels = dataset.labels if dataset.labels is not None else torch.empty(0)
+    return hashlib.blake2b(labels.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _of_first_process(labels: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -53,6 +53,9 @@ class RobustTrainingArguments(TrainingArguments):
     Source: the published runs: batch 512, LARS 5.0, momentum 0.9, weight decay 1e-6, warm-up 10 of 1000
         epochs (released ACL, AIR, RCS and DynACL code).
     """
+
+    # what subclasses say instead
+    other_advice: ClassVar[dict[str, str]] = {}
 
     output_dir: None | str = field(
         default="outputs/pretrain", metadata={"help": "Folder for everything the run leaves."}
@@ -153,7 +156,7 @@ class RobustTrainingArguments(TrainingArguments):
     def _refuse_what_has_no_effect(self) -> None:
         """Stock settings that this trainer does not read, or that the attack would bypass: an error, not silence."""
         stock = {f.name: f.default for f in fields(TrainingArguments)}
-        for name, advice in WITHOUT_EFFECT.items():
+        for name, advice in (WITHOUT_EFFECT | self.other_advice).items():
             if name in stock and getattr(self, name) not in (stock[name], None, False):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect here: {advice}")
 
@@ -186,8 +189,8 @@ class RobustTrainingArguments(TrainingArguments):
             )
         if self.per_device_train_batch_size < 2:
             raise ValueError(
-                f"per_device_train_batch_size must be 2 or more, got {self.per_device_train_batch_size}: an image is "
-                "contrasted with the others of its batch"
+                f"per_device_train_batch_size must be 2 or more, got {self.per_device_train_batch_size}: norm layers "
+                "and contrastive losses need other images beside the first"
             )
         batch = self.per_device_train_batch_size * self.world_size
         if batch > images:

@@ -17,8 +17,9 @@ from training import tiny_images, tiny_model
 
 from hf_robust.attacks import PGD
 from hf_robust.data import ImageDataset
-from hf_robust.finetuner import RobustFinetuner, split_validation
+from hf_robust.finetuner import RobustFinetuner
 from hf_robust.finetuning_args import RobustFinetuningArguments
+from hf_robust.held_out import split_validation
 from hf_robust.objectives import Objective
 from hf_robust.objectives.autolora import AutoLoRa
 

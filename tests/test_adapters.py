@@ -293,7 +293,7 @@ def test_another_network_than_that_of_the_model_is_refused(tmp_path):
         "pixels": save_encoder(_other_pixels(build()), tmp_path / "pixels"),
         "shape": save_encoder(build("wide"), tmp_path / "shape"),
     }
-    messages = {"weights": r"conv\d.weight", "pixels": "mean and std", "shape": "bn1.bias.* and 70 more"}
+    messages = {"weights": r"conv\d.weight", "pixels": "mean and std", "shape": "bn1.bias.* and 71 more"}
     for name, base in bases.items():
         with pytest.raises(ValueError, match=f"is not the network that this resnet10_cifar .*{messages[name]}"):
             save_adapter(model, tmp_path / "adapter", str(base))

@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("hub_files", "hub_folders"),
     ),
     ("objectives", "coresets", "evaluation", "training_args", "callbacks", "checkpoints", "model_card_texts", "hub"),
-    ("finetuning_args", "flags", "adapters", "classifiers", "model_card"),
+    ("finetuning_args", "flags", "held_out", "adapters", "classifiers", "model_card"),
     ("trainer",),
     ("pretrainer", "finetuner"),
     ("postprocessing", "presets", "run_facts"),
@@ -50,6 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 SIBLINGS: dict[str, tuple[str, ...]] = {
     "models.modeling": ("models.backbones",),
     "models.encoder": ("models.backbones",),
+    "models.folded": ("models.modeling",),
     "objectives.*": ("objectives.*",),
     "coresets.*": ("coresets.base", "coresets.*"),
     "evaluation.coreset_pictures": ("coresets.base", "evaluation.picture_style"),

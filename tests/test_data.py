@@ -675,3 +675,30 @@ def test_arguments_are_checked_first(options, message):
 def test_import_is_light():
     code = "import sys, hf_robust.data; print([m for m in ('datasets', 'sklearn', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_classes_of_another_split_are_matched_by_name():
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    train = ImageDataset.from_tensors(images[:3], torch.tensor([0, 1, 2]), ("cat", "dog", "eel"))
+    test = ImageDataset.from_tensors(images, torch.tensor([0, 1, 0, 1]), ("dog", "eel"))
+    matched = test.numbered_as(train)
+    assert matched.labels.tolist() == [1, 2, 1, 2] and matched.label_names == train.label_names
+    assert matched.num_classes == 3 and len(matched) == 4
+    assert train.numbered_as(train) is train
+    with pytest.raises(ValueError, match=r"classes \['cat'\] that the training images do not have"):
+        train.numbered_as(test)
+    bare = ImageDataset.from_tensors(images, torch.tensor([0, 1, 0, 1]))
+    assert bare.numbered_as(train) is bare
+    with pytest.raises(ValueError, match="has the class 3, the training images have 3 classes"):
+        ImageDataset.from_tensors(images, torch.tensor([0, 1, 2, 3])).numbered_as(train)
+
+
+def test_other_labels_on_the_same_images():
+    data = ImageDataset.from_tensors(
+        torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2]), ("a", "b", "c")
+    )
+    other = data.relabelled(torch.tensor([1, 0, 1]))
+    assert other.labels.tolist() == [1, 0, 1] and other.num_classes == 2 and other.label_names is None
+    assert data.labels.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="labels must be 3 integers from 0"):
+        data.relabelled(torch.tensor([0, 1]))

@@ -163,7 +163,7 @@ def test_a_run_on_coresets_leaves_them_and_its_measures(example, tmp_path, capsy
     assert not re.search(r"coreset:|coreset\.png", capsys.readouterr().out)
     left = [path.name for path in (tmp_path / "again").rglob("*coreset*")]
     card = (tmp_path / "again" / "encoder" / "README.md").read_text()
-    assert left == ["coreset-0000.json"] and "## Coreset" not in card and "coreset.json" not in card
+    assert left == [] and "## Coreset" not in card and "coreset.json" not in card
 
 
 def test_a_supervised_run_on_a_random_subset(example, tmp_path, capsys):

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_robust.hub import load_encoder, save_encoder
 from hf_robust.objectives.acl import ACL
+from hf_robust.runs import finetune
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
 COLOURS = ("red", "green", "blue")
@@ -119,6 +120,40 @@ def test_an_adapter_comes_out_of_mode_lora(example, encoders, images, tmp_path):
     with pytest.raises(SystemExit) as stop:  # an adapter needs an encoder that others can load: said before training
         example.run_or_exit(checkpoint)
     assert "checkpoint" in str(stop.value.code) and not list((tmp_path / "other").glob("checkpoint-*"))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_at_another_resolution_than_its_encoder_is_refused(example, encoders, images, tmp_path):
+    given = ["--encoder", str(encoders / "exported"), "--dataset_name", str(images), "--mode", "lora", *QUICK]
+    with pytest.raises(SystemExit, match=r"the image size \(8 pixels there, 16 here\)"):
+        example.run_or_exit([*given, "--rank", "2", "--image_size", "16", "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_broken_test_image_costs_the_measurement_not_the_classifier(example, encoders, tmp_path):
+    root = write_images(tmp_path / "images")
+    next((root / "test").rglob("*.png")).write_bytes(b"not an image")
+    given = ["--encoder", str(encoders / "exported"), "--dataset_name", str(root), "--mode", "slf", *QUICK]
+    with pytest.raises(SystemExit):
+        example.run_or_exit([*given, "--save_strategy", "no", "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "classifier" / "model.safetensors").is_file()
+
+
+def test_a_run_that_died_in_its_first_stage_goes_on(example, encoders, images, tmp_path, monkeypatch):
+    given = ["--encoder", str(encoders / "exported"), "--dataset_name", str(images), "--mode", "aff", *QUICK]
+    given += ["--head_init", "alf", "--output_dir", str(tmp_path / "out")]
+    train = finetune.RobustFinetuner.train
+
+    def stop(self, *args, **kwargs):
+        if Path(self.args.output_dir).name != "alf":
+            raise KeyboardInterrupt
+        return train(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.RobustFinetuner, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            example.main(given)
+    example.main([*given, "--resume_from_checkpoint", "true"])
+    assert (tmp_path / "out" / "classifier" / "model.safetensors").is_file()
 
 
 def test_post_processing_gives_an_encoder_and_compares_it(example, encoders, images, tmp_path, capsys):

@@ -17,7 +17,8 @@ from hf_robust import checkpoints
 from hf_robust.attacks import PGD
 from hf_robust.data import ImageDataset
 from hf_robust.evaluation.accuracy import Accuracy
-from hf_robust.finetuner import RobustFinetuner, split_validation
+from hf_robust.finetuner import RobustFinetuner
+from hf_robust.held_out import split_validation
 from hf_robust.objectives.acl import ACL
 from hf_robust.objectives.aff import AFF
 from hf_robust.objectives.alf import ALF
@@ -118,6 +119,27 @@ def test_the_weights_of_the_best_epoch_stay(tmp_path):
     assert_same(kept["best"][0], kept["best"][1][1])
     assert_same(kept["last"][0], kept["last"][1][2])
     assert any(not torch.equal(v, kept["last"][0][n]) for n, v in kept["best"][0].items())
+
+
+def test_of_equal_robustness_the_better_on_clean_images_stays(tmp_path):
+    trainer = tiny_finetuner(tmp_path, SLF())
+    found = iter([(0.5, 0.4), (0.7, 0.4), (0.6, 0.4)])
+
+    def measure(dataset, attack=None, **_):
+        standard, attacked = next(found)
+        return Accuracy(standard, attacked, len(dataset), attack)
+
+    trainer.measure = measure
+    trainer.train()
+    assert trainer.kept_epoch == 2
+
+
+@pytest.mark.parametrize(("accuracies", "told"), [([0.1, 0.3, 0.2], True), ([0.1, 0.5, 0.2], False)])
+def test_a_choice_that_is_no_better_than_chance_is_told(tmp_path, caplog, accuracies, told):
+    trainer = tiny_finetuner(tmp_path, SLF())
+    scripted(trainer, accuracies)
+    trainer.train()
+    assert ("is not above chance (33.3 %)" in caplog.text) is told
 
 
 def test_the_rate_is_halved_and_the_best_weights_come_back(tmp_path):
@@ -261,12 +283,32 @@ def test_a_checkpoint_of_other_rules_is_refused(tmp_path):
 
 
 # ---------------------------------------------------------------------- refusals
+def test_a_checkpoint_that_began_from_other_weights_is_refused(tmp_path):
+    tiny_finetuner(tmp_path, SLF(), save_strategy="epoch").train()
+    other = tiny_finetuner(tmp_path, SLF(), model=tiny_model(SLF(), seed=1), save_strategy="epoch")
+    with pytest.raises(ValueError, match="weights at the start"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_weights_that_diverged_are_told_with_the_last_good_checkpoint(tmp_path):
+    trainer = tiny_finetuner(tmp_path, AFF(), save_strategy="epoch", learning_rate=1e4)
+    with pytest.raises(FloatingPointError, match="Lower --learning_rate"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("change", [{"rank": 3}, {"init": "peft"}, {"norm_update": "plain_only"}])
+def test_adapters_of_other_settings_than_the_method_says_are_refused(tmp_path, change):
+    model = tiny_model(AutoLoRa(rank=2))
+    with pytest.raises(ValueError, match=f"AutoLoRa says {next(iter(change))}="):
+        tiny_finetuner(tmp_path, AutoLoRa(**{"rank": 2, **change}), model=model)
+
+
 def test_what_needs_held_out_images_says_so(tmp_path):
     for changes, word in (({"keep": "best"}, "keep='best'"), ({"keep": "last", "lr_rule": "auto"}, "lr_rule='auto'")):
         args = tiny_arguments(tmp_path, **changes)
         with pytest.raises(ValueError, match=word + r".*split_validation"):
             RobustFinetuner(tiny_model(AFF()), args, AFF(), train_dataset=tiny_images())
-    with pytest.raises(ValueError, match="AutoLoRa weighs its terms"):
+    with pytest.raises(ValueError, match="AutoLoRa weighs its terms.*formulation='released'"):
         RobustFinetuner(
             tiny_model(AutoLoRa(rank=2)), tiny_arguments(tmp_path, keep="last"), AutoLoRa(rank=2), None, tiny_images()
         )

@@ -43,6 +43,28 @@ def test_a_method_brings_its_recipe(tmp_path, objective, expected):
     assert other.learning_rate == 0.3
 
 
+@pytest.mark.parametrize(
+    ("objective", "epochs", "milestones", "halving"),
+    [
+        (AFF(), 5, [3, 4], ()),
+        (SLF(), 50, [20, 40], ()),
+        (AutoLoRa(), 10, None, (3, 5, 6, 7, 8, 9)),
+        (AFF(), 25, [15, 20], ()),
+    ],
+)
+def test_in_a_run_of_another_length_the_rate_falls_at_the_same_shares(
+    tmp_path, objective, epochs, milestones, halving
+):
+    args = RobustFinetuningArguments.of(
+        objective, num_train_epochs=epochs, output_dir=str(tmp_path), report_to="none", use_cpu=True
+    )
+    assert args.lr_milestones == pytest.approx(milestones) and args.halving_epochs == halving
+    automatic = RobustFinetuningArguments.of(
+        objective, lr_rule="auto", num_train_epochs=9, output_dir=str(tmp_path), report_to="none", use_cpu=True
+    )
+    assert automatic.lr_milestones is None and automatic.halving_epochs
+
+
 def test_the_automatic_rule_looks_back_every_fourth_epoch_unless_told_when(tmp_path):
     assert arguments(tmp_path, lr_rule="auto", num_train_epochs=14).halving_epochs == (4, 8, 12)
     assert arguments(tmp_path, lr_rule="auto", auto_lr_epochs=[3]).halving_epochs == (3,)
@@ -59,6 +81,11 @@ def test_the_automatic_rule_looks_back_every_fourth_epoch_unless_told_when(tmp_p
         ({"lr_rule": "auto", "lr_milestones": [3.0]}, "need --lr_rule milestones"),
         ({"auto_lr_epochs": [3]}, "need --lr_rule auto"),
         ({"warmup_epochs": 2}, "need --lr_rule cosine"),
+        ({"lr_milestones": [15.0, 20.0], "num_train_epochs": 18}, r"lr_milestones \[20.0\] lie beyond the 18 epochs"),
+        ({"lr_rule": "auto", "auto_lr_epochs": [4, 25]}, r"auto_lr_epochs \[25\] lie beyond the 25 epochs"),
+        ({"probe_every": 1}, "held-out images are measured after every epoch"),
+        ({"load_best_model_at_end": True}, "--keep best"),
+        ({"lr_scheduler_type": "cosine"}, "--lr_rule"),
         ({"validation_steps": 0}, "validation_steps must be 1 or more"),
     ],
 )

@@ -118,6 +118,36 @@ def test_finished_stages_are_taken_up(tmp_path, encoder, monkeypatch):
     assert all(torch.equal(v, other[k]) for k, v in straight.model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"keep": "best", "validation_fraction": 0.1}, {"validation_fraction": 0.1}, {"per_device_train_batch_size": 25}],
+)
+def test_what_the_last_stage_would_refuse_is_refused_first(tmp_path, encoder, changes):
+    with pytest.raises(ValueError, match="reads no label|larger than the data set"):
+        post_process(encoder, tiny_images(), SETTINGS, arguments(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.json"))
+
+
+def test_a_fresh_start_over_an_earlier_run_destroys_nothing(tmp_path, encoder):
+    settings = {"save_strategy": "epoch"}
+    post_process(encoder, tiny_images(), SETTINGS, arguments(tmp_path / "out", **settings), attack=PGD(steps=1))
+    labels = (tmp_path / "out" / "pseudo_labels.json").read_text()
+    with pytest.raises(ValueError, match="of an earlier run"):
+        post_process(encoder, tiny_images(), SETTINGS, arguments(tmp_path / "out", seed=7, **settings))
+    assert (tmp_path / "out" / "pseudo_labels.json").read_text() == labels
+
+
+@pytest.mark.parametrize("change", ["encoder", "probe"])
+def test_a_resumed_run_with_another_encoder_or_probe_is_refused(tmp_path, encoder, change):
+    post_process(encoder, tiny_images(), SETTINGS, arguments(tmp_path / "out"), attack=PGD(steps=1))
+    if change == "encoder":
+        tiny_model(ACL(), seed=3).save_pretrained(tmp_path / "other")
+    settings = PostProcessing(probe_stage_epochs=2) if change == "probe" else SETTINGS
+    source = tmp_path / "other" if change == "encoder" else encoder
+    with pytest.raises(ValueError, match="encoder: " if change == "encoder" else "num_train_epochs: "):
+        post_process(source, tiny_images(), settings, arguments(tmp_path / "out", resume_from_checkpoint="true"))
+
+
 def test_labels_of_another_run_are_refused(tmp_path, encoder):
     (tmp_path / "out").mkdir()
     facts = {"dataset": "tiny", "images": 24, "clusters": 3, "seed": 7, "labels": [0] * 24}

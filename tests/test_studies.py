@@ -172,12 +172,12 @@ def test_a_report_of_nothing_is_an_error(tmp_path):
 def test_the_list_has_seed_1_of_every_mode_before_seed_2():
     listed = list(finetuning.cells(["acl", "air"], "cifar10", 3))
     names = [cell.name for cell in listed]
-    assert len(names) == len(set(names)) == 3 * (4 + 4 + 3 + 3 + 3 + 1 + 4)
+    assert len(names) == len(set(names)) == 3 * (4 + 4 + 3 + 3 + 3 + 1 + 4 + 2)
     for encoder, dataset in (("acl", "cifar10"), ("acl", "digits"), ("air", "cifar10"), ("air", "digits")):
         for mode in ("slf", "alf", "aff", "autolora"):
             places = [names.index(f"{encoder}-{dataset}-{mode}-seed{seed}") for seed in (1, 2, 3)]
             assert places == sorted(places)
-    core = [cell for cell in listed if cell.encoder == "acl"]
+    core = [cell for cell in listed if cell.encoder == "acl" and cell.mode != "autolora_milestones"]
     assert [cell.seed for cell in core] == sorted(cell.seed for cell in core)
     assert len({cell.mode for cell in listed if cell.encoder == "acl++"}) == 2
 
@@ -234,10 +234,15 @@ def test_the_fine_tuning_study_goes_through_and_tells_what_it_found(encoder, tmp
     finetuning.main(flags(encoder, tmp_path))
     found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")}
     names = [cell.name for cell in finetuning.cells(["tiny"], "digits", 1)]
-    assert set(found) == set(names) and len(names) == 7
+    assert set(found) == set(names) and len(names) == 8
     aff, lora = found["tiny-digits-aff-seed1"], found["tiny-digits-autolora-seed1"]
     assert aff["n_train"] == lora["n_train"] == 48 and aff["epochs"] == lora["epochs"] == 2
     assert (aff["n_held_out"], lora["n_held_out"]) == (0, 16)
+    same = found["tiny-digits-autolora_milestones-seed1"]
+    assert same["method"] == lora["method"] and same["n_held_out"] == 16
+    assert [same[key] for key in ("lr_rule", "lr_milestones", "kept")] == [
+        aff[k] for k in ("lr_rule", "lr_milestones", "kept")
+    ]
     assert (aff["kept"], lora["kept"]) == ("last", "best") and lora["kept_epoch"] in (1, 2)
     assert lora["lambda_2_last"] == pytest.approx(6 * (1 - lora["lambda_1_last"]))
     assert "lambda_1_last" not in aff and aff["learning_rate_last"] == pytest.approx(0.001)

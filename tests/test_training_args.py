@@ -186,7 +186,7 @@ def test_the_batch_of_all_processes_counts(four_processes):
 def test_an_image_needs_others_to_be_contrasted_with():
     arguments(per_device_train_batch_size=2).check_batch(2)
     with pytest.raises(
-        ValueError, match="per_device_train_batch_size must be 2 or more, got 1: an image is contrasted"
+        ValueError, match="per_device_train_batch_size must be 2 or more, got 1: norm layers and contrastive losses"
     ):
         arguments(per_device_train_batch_size=1).check_batch(100)
 

@@ -49,8 +49,9 @@ from hf_robust.attacks import PGD
 from hf_robust.classifiers import build_classifier
 from hf_robust.data import ImageDataset, load_image_dataset
 from hf_robust.evaluation.environment import collect_environment
-from hf_robust.finetuner import RobustFinetuner, split_validation
+from hf_robust.finetuner import RobustFinetuner
 from hf_robust.finetuning_args import RobustFinetuningArguments
+from hf_robust.held_out import split_validation
 from hf_robust.objectives import Objective, load_objective
 from hf_robust.objectives.aff import AFF
 from hf_robust.objectives.autolora import AutoLoRa
@@ -59,6 +60,7 @@ from hf_robust.run_facts import dataset_title
 
 DIGITS, POST = "digits", "lp_aff"
 MODES = ("slf", "alf", "aff", "autolora")
+SAME_RATE = "autolora_milestones"  # to tell the loss of AutoLoRa from its learning rate: AFF's rate, last epoch
 TEST_ATTACK = PGD(steps=20)  # 8/255 in steps of 2/255, as published
 
 
@@ -154,6 +156,9 @@ def cells(encoders: list[str], dataset: str, seeds: int) -> Iterator[Cell]:
         if dataset != DIGITS:
             yield from _transfer(first, DIGITS, MODES, seed)
     for seed in range(1, seeds + 1):
+        for name in dict.fromkeys((dataset, DIGITS)):
+            yield Cell(first, name, SAME_RATE, seed)
+    for seed in range(1, seeds + 1):
         for name in others:
             yield from _improved(name, dataset, seed)
             yield Cell(name, dataset, "alf", seed)
@@ -191,7 +196,7 @@ def method(mode: str) -> Objective:
     """The objective of a mode; one norm branch, as exported encoders have."""
     if mode in ("aff", POST):
         return AFF(clean_branch="adv", reference_branch="adv")
-    objective: Objective = load_objective(mode)()
+    objective: Objective = load_objective("autolora" if mode == SAME_RATE else mode)()
     return objective
 
 
@@ -199,6 +204,8 @@ def arguments(cell: Cell, size: Size, folder: Path) -> RobustFinetuningArguments
     """The published recipe of a mode, squeezed into the size; what happens at an epoch keeps its share of the run."""
     objective = method(cell.mode)
     recipe: dict[str, Any] = dict(objective.recipe)
+    if cell.mode == SAME_RATE:
+        recipe = dict(AFF.recipe)
     if cell.mode == POST:  # as released for AIR
         recipe |= {"weight_decay": 1e-4, "lr_milestones": [10, 20], "dataloader_drop_last": True}
         recipe["per_device_train_batch_size"] = size.post_batch_size
@@ -221,7 +228,7 @@ def arguments(cell: Cell, size: Size, folder: Path) -> RobustFinetuningArguments
             "output_dir": str(folder),
             "num_train_epochs": epochs,
             "keep": "best" if automatic else "last",
-            "validation_fraction": size.validation_fraction if automatic else 0.0,
+            "validation_fraction": size.validation_fraction if automatic or objective.accuracy_request else 0.0,
             "bf16": size.bf16,
             "channels_last": True,
             "save_strategy": "no",
@@ -241,7 +248,7 @@ def fine_tune(cell: Cell, study: Study, work: Path) -> RobustFinetuner:
     model = build_classifier(study.encoder_of(cell), train.num_classes or 0, objective.norm_branches)
     if isinstance(objective, AutoLoRa):
         model = with_lora_path(model, objective.rank, objective.init, objective.norm_update)
-    judged = held_out if args.keep == "best" else None
+    judged = held_out if args.validation_fraction else None
     trainer = RobustFinetuner(model, args, objective, None, train, judged)
     trainer.train()
     return trainer

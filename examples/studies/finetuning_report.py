@@ -11,7 +11,10 @@ from cells import load_records, mean_and_spread
 __all__ = ["load_groups", "plot", "print_report"]
 
 STANDARD, ROBUST = "standard_accuracy", "pgd20_linf_8_255_accuracy"
-COLORS = {"slf": "tab:gray", "alf": "tab:green", "aff": "tab:blue", "autolora": "tab:red"}  # in this order
+COLORS = {  # in this order
+    **{"slf": "tab:gray", "alf": "tab:green", "aff": "tab:blue", "autolora": "tab:red"},
+    "autolora_milestones": "tab:orange",
+}
 Group = list[dict[str, Any]]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .modeling import InputNormalization
 from .norm import export_branch
 
 __all__ = ["FoldedNetwork"]
@@ -35,10 +37,12 @@ class FoldedNetwork:
         self._model = model
         self.switch, self.head_module, self.config = model.switch, model.head_module, model.config
         self._backbones = {branch: _fold(model, branch) for branch in model.switch.branches}
+        self._scaled = isinstance(model.normalize, InputNormalization) and _scale(model, self._backbones.values())
 
     def features(self, x: Tensor, branch: str) -> Tensor:
         """Pooled features `(N, num_features)` of images `(N, 3, H, W)` in [0, 1]; on a CPU part by part."""
-        backbone, x = self._backbones[self.switch.check(branch)], self._model.normalize(x)
+        backbone, normalize = self._backbones[self.switch.check(branch)], self._model.normalize
+        x = x - normalize.mean if self._scaled else normalize(x)
         if x.device.type != "cpu":
             return backbone(x)
         at_once = max(1, CACHE_PIXELS // (x.shape[-2] * x.shape[-1]))
@@ -51,6 +55,25 @@ class FoldedNetwork:
     def embed(self, x: Tensor, branch: str) -> Tensor:
         """Head outputs `(N, P)` of images `(N, 3, H, W)` in [0, 1]."""
         return self.head(self.features(x, branch), branch)
+
+
+@torch.no_grad()
+def _scale(model: Any, backbones: Collection[nn.Module]) -> bool:
+    """Let the first convolutions divide by the standard deviation of the pixels, where every network begins with one.
+
+    The mean stays outside: a convolution pads normalised images with zeros.
+    """
+    firsts = []
+    for backbone in backbones:
+        nodes = list(backbone.graph.nodes) if isinstance(backbone, fx.GraphModule) else []
+        readers = [n for n in nodes if n.op != "placeholder" and any(a.op == "placeholder" for a in n.all_input_nodes)]
+        first = backbone.get_submodule(str(readers[0].target)) if [r.op for r in readers] == ["call_module"] else None
+        if type(first) is not nn.Conv2d or first.groups != 1:
+            return False
+        firsts.append(first)
+    for first in firsts:
+        first.weight /= model.normalize.std
+    return True
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from datetime import date
@@ -20,15 +21,17 @@ from hf_robust.evaluation.curves import plot_curves
 from hf_robust.evaluation.environment import collect_environment, command_line
 from hf_robust.evaluation.pictures import plot_examples
 from hf_robust.evaluation.probe import ProbeResult, probe_encoder
-from hf_robust.evaluation.report import EncoderReport
+from hf_robust.evaluation.report import EncoderReport, describe_metric
 from hf_robust.finetune_cli import FinetuneRun, parse_finetune
-from hf_robust.finetuner import RobustFinetuner, split_validation
-from hf_robust.image_sources import MissingSplitError, open_split
+from hf_robust.finetuner import RobustFinetuner
+from hf_robust.finetuning_args import falls
+from hf_robust.held_out import split_validation
+from hf_robust.image_sources import MissingSplitError, find_image_column, open_split
 from hf_robust.model_card import write_model_card
 from hf_robust.objectives.alf import ALF
 from hf_robust.objectives.autolora import AutoLoRa
 from hf_robust.objectives.lora import LoRA
-from hf_robust.postprocessing import post_process, train_head
+from hf_robust.postprocessing import post_process, train_head, where_to_resume
 from hf_robust.run_facts import dataset_title, training_facts
 from hf_robust.runs.console import tell
 from hf_robust.views import Views
@@ -70,48 +73,48 @@ def check_test_split(run: FinetuneRun) -> bool:
     if run.data.dataset_name == "digits":
         return True
     try:
-        open_split(run.data.dataset_name, run.data.eval_split)
+        table = open_split(run.data.dataset_name, run.data.eval_split)
+        find_image_column(table.features, run.data.image_column, run.data.dataset_name)
     except MissingSplitError as error:
         say(run, f"The result will not be measured on test images: {error}")
         return False
     return True
 
 
-def load_test(run: FinetuneRun, trainer_classes: int, image_size: int) -> ImageDataset | None:
+def load_test(run: FinetuneRun, train: ImageDataset, image_size: int) -> ImageDataset | None:
     """Decode the test images, after the training."""
     test = load(run, str(run.data.eval_split), image_size)
     if test.labels is None:
         say(run, f"The split {run.data.eval_split!r} has no labels: the result is not measured on it.")
         return None
-    if int(test.labels.max()) >= trainer_classes:
-        raise ValueError(
-            f"the split {run.data.eval_split!r} has the class {int(test.labels.max())} and the classifier "
-            f"{trainer_classes} outputs: use splits of one data set"
-        )
-    return test
+    return test.numbered_as(train)
 
 
 # ---------------------------------------------------------------------- model and trainer
 def build_model(run: FinetuneRun, train: ImageDataset) -> Any:
-    """The encoder with a fresh head, and adapters where the mode wants them."""
+    """The encoder with a fresh head, and adapters where the mode wants them; a stage for the head comes last."""
     set_seed(run.training.seed)
     begin: Literal["zero", "default"] = "default" if run.classifier.head_init == "default" else "zero"
-    classes = train.num_classes or 0
-    model = build_classifier(run.encoder, classes, run.objective.norm_branches, run.data.image_size, head_init=begin)
-    if run.classifier.head_init == "alf":
-        model.classifier.load_state_dict(adversarial_head(run, train))
+    classes, branches = train.num_classes or 0, run.objective.norm_branches
+    model: Any = build_classifier(run.encoder, classes, branches, run.data.image_size, head_init=begin)
     if isinstance(run.objective, AutoLoRa):
-        return with_lora_path(model, run.objective.rank, run.objective.init, run.objective.norm_update)
+        model = with_lora_path(model, run.objective.rank, run.objective.init, run.objective.norm_update)
     if isinstance(run.objective, LoRA):
         model = with_adapter(model, run.objective.rank, run.objective.alpha)
         with tempfile.TemporaryDirectory() as folder:  # now, not after the training, if the encoder cannot carry it
             save_adapter(model, folder, run.encoder, train.label_names)
+    if run.classifier.head_init == "alf":
+        run.training.check_batch(len(train))
+        model.classifier.load_state_dict(adversarial_head(run, train))
     return model
 
 
 def adversarial_head(run: FinetuneRun, train: ImageDataset) -> dict[str, torch.Tensor]:
     """A head trained by adversarial linear fine-tuning, as a stage of its own in alf/."""
     epochs = min(float(ALF.recipe["num_train_epochs"]), run.training.num_train_epochs)
+    recipe = {key: value for key, value in ALF.recipe.items() if hasattr(run.training, key)}
+    recipe |= {"num_train_epochs": epochs, "lr_milestones": falls(ALF.recipe, epochs, "milestones")["lr_milestones"]}
+    recipe["per_device_train_batch_size"] = min(int(recipe["per_device_train_batch_size"]), len(train))
     return train_head(
         build_classifier(run.encoder, train.num_classes or 0, ("adv",), run.data.image_size),
         ALF(),
@@ -119,10 +122,7 @@ def adversarial_head(run: FinetuneRun, train: ImageDataset) -> dict[str, torch.T
         train,
         folder=Path(str(run.training.output_dir), "alf"),
         resume=bool(run.training.resume_from_checkpoint),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=min(int(ALF.recipe["per_device_train_batch_size"]), len(train)),
-        learning_rate=ALF.recipe["learning_rate"],
-        lr_milestones=[m for m in ALF.recipe["lr_milestones"] if m < epochs] or None,
+        **recipe,
     )
 
 
@@ -134,26 +134,29 @@ def start_line(run: FinetuneRun, train: ImageDataset, held_out: ImageDataset | N
         f"PGD-{attack.steps}, {attack.norm} {attack.eps * 255:.3g}/255" if run.objective.adversarial else "no attack"
     )
     deciding = f", {len(held_out)} more decide" if held_out is not None else ""
+    classes = run.post.count(train) if run.post else train.num_classes
     return (
-        f"{run.objective.title}: encoder {run.encoder}, {len(train)} images of {run.data.dataset_name} in "
-        f"{train.num_classes} classes{deciding}, {image_size} x {image_size} pixels, {length}, {budget}"
+        f"{run.objective.title}: encoder {run.encoder}, {len(train)} images of {run.data.dataset_name} in {classes} "
+        f"classes{deciding}, {image_size} x {image_size} pixels, {length}, {budget}"
     )
 
 
 # ---------------------------------------------------------------------- results
-def print_table(run: FinetuneRun, rows: dict[str, dict[str, float]], n: int, title: str) -> None:
-    """Standard and attacked accuracy, one line each."""
+def print_table(rows: dict[str, dict[str, float]], n: int, title: str) -> None:
+    """Every accuracy under its name, one line per network."""
+    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    titles = {name: describe_metric(name)["title"].replace(" accuracy", "") for name in names}
     width = max(len(name) for name in rows) + 2
     tell(f"\n{title}, n = {n}, one seed")
-    tell(f"{'':<{width}}{'standard':>10}{f'PGD-{TEST_STEPS}, L-inf {run.attack.eps * 255:g}/255':>26}")
-    for name, metrics in rows.items():
-        tell(f"{name:<{width}}" + "".join(f"{v:>{w}.1%}" for v, w in zip(metrics.values(), (10, 26), strict=False)))
+    tell(f"{'':<{width}}" + "".join(f"{titles[name]:>{len(titles[name]) + 3}}" for name in names))
+    for row, metrics in rows.items():
+        tell(f"{row:<{width}}" + "".join(f"{metrics[name]:>{len(titles[name]) + 3}.1%}" for name in names))
     tell()
 
 
 def result(run: FinetuneRun, name: str, found: Accuracy, n_train: int, split: str) -> dict[str, Any]:
     """An entry of `EncoderReport.results`."""
-    attack = {"norm": "linf", "eps": run.attack.eps, "step_size": TEST_STEP_SIZE, "steps": TEST_STEPS}
+    attack = dataclasses.asdict(found.attack) if found.attack is not None else {}
     return {
         "model": name,
         "metrics": found.to_dict(),
@@ -161,18 +164,20 @@ def result(run: FinetuneRun, name: str, found: Accuracy, n_train: int, split: st
         "n_train": n_train,
         "n_eval": found.n,
         "seed": run.training.seed,
-        "attack": {**attack, "random_start": True, "loss": "cross-entropy", "iterate": "last"},
+        "attack": {**attack, "loss": "cross-entropy", "iterate": "last"},
         "dataset": {"name": dataset_title(run.data.dataset_name), "split": split},
     }
 
 
-def draw(run: FinetuneRun, trainer: RobustFinetuner, test: ImageDataset | None, folder: Path) -> None:
+def draw(
+    run: FinetuneRun, trainer: RobustFinetuner, test: ImageDataset | None, attack: PGD | None, folder: Path
+) -> None:
     """curves.png, and examples.png where there are test images."""
     for picture in PICTURES:  # an earlier run may have left more of them than this one draws
         (folder / picture).unlink(missing_ok=True)
     chance = 1 / trainer.train_dataset.num_classes
     plot_curves({run.objective.title: trainer.state.log_history}, folder / "curves.png", chance=chance)
-    if test is None:
+    if test is None or attack is None:
         return
     network = trainer.classifier_model.cpu().eval()
     chosen = test.subset(range(min(SHOWN, len(test))))
@@ -180,7 +185,6 @@ def draw(run: FinetuneRun, trainer: RobustFinetuner, test: ImageDataset | None, 
         torch.stack([chosen[k]["image"] for k in range(len(chosen))]), ("original",)
     )["original"]
     classifiers = {run.objective.title: lambda x: network.embed(x, network.default_branch)}
-    attack = PGD(eps=run.attack.eps if run.attack.norm == "linf" else 8 / 255, steps=TEST_STEPS)
     with frozen(network):
         labels = cast(torch.Tensor, chosen.labels)
         plot_examples(
@@ -211,7 +215,13 @@ def write_report(
     """Write report.json and, from it alone, the model card; beside the weights and in the output folder."""
     config, dataset = trainer.classifier_model.config, dataset_title(run.data.dataset_name)
     file, args = target / "config.json", run.training
-    chosen = {"learning_rate_rule": args.lr_rule, "kept_epoch": trainer.kept_epoch or "last"}
+    rule = {"milestones": args.lr_milestones, "auto": list(args.halving_epochs)}.get(args.lr_rule)
+    chosen = {
+        "momentum": args.momentum,
+        "weight_decay": args.weight_decay,
+        "learning_rate_rule": f"{args.lr_rule} {rule or ''}".strip(),
+        "kept_epoch": trainer.kept_epoch or "last",
+    }
     if trainer.validation_dataset is not None:
         chosen["validation_images"] = len(trainer.validation_dataset)
     if run.preset is not None:
@@ -224,7 +234,11 @@ def write_report(
         name=name,
         architecture=config.architecture,
         exported_format=json.loads(file.read_text())["model_type"] if file.is_file() else "peft",
-        objective={"name": run.objective.title, "parameters": vars(run.objective), "supervised": run.post is None},
+        objective={
+            "name": f"LP-{run.objective.title}" if run.post else run.objective.title,
+            "parameters": vars(run.objective) | (vars(run.post) if run.post else {}),
+            "supervised": run.post is None,
+        },
         model_args=config.model_args,
         image_size=config.image_size,
         norm_branch=trainer.classifier_model.default_branch,
@@ -262,25 +276,33 @@ def finetune(run: FinetuneRun, environment: dict[str, Any]) -> None:
     say(run, start_line(run, train, held_out, image_size))
     if run.preset is not None:
         say(run, " ".join(filter(None, [f"Preset {run.preset.name} ({run.preset.source}).", run.preset.note])))
-    trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint)
-    test = load_test(run, train.num_classes or 0, image_size) if measured else None
+    asked = run.training.resume_from_checkpoint
+    trainer.train(where_to_resume(asked, folder) if run.classifier.head_init == "alf" else asked)
+    target = export(run, trainer, folder)  # first: whatever the test images hold, the result is on disk
+    test = load_test(run, train, image_size) if measured else None
     attack = PGD(trainer.validation_attack.eps, TEST_STEP_SIZE, TEST_STEPS)
     found = trainer.measure(test, attack, progress=True) if test is not None else None
     if not trainer.is_world_process_zero():
         return
-    adapter = isinstance(run.objective, LoRA)
-    target = trainer.save_adapter(folder / "adapter", run.encoder) if adapter else None
-    target = target or trainer.save_classifier(folder / "classifier")
-    draw(run, trainer, test, folder)
+    draw(run, trainer, test, attack, folder)
     name = f"{run.objective.title} {model.config.architecture} {dataset_title(run.data.dataset_name).split('/')[-1]}"
     results = [result(run, name, found, len(train), str(run.data.eval_split))] if found is not None else []
     write_report(run, trainer, results, target, environment, name)
     trainer.save_state()
     if found is not None:
-        print_table(run, {run.objective.title: found.to_dict()}, found.n, f"Test images of {images.name}")
+        print_table({run.objective.title: found.to_dict()}, found.n, f"Test images of {images.name}")
     if trainer.kept_epoch:
         tell(f"Kept: epoch {trainer.kept_epoch}, the best by PGD on {len(held_out or ())} held-out training images.")
     tell(f"Output folder: {folder}  ({target.name}/, model card README.md, report.json, {', '.join(PICTURES)})")
+
+
+def export(run: FinetuneRun, trainer: RobustFinetuner, folder: Path) -> Path:
+    """Write the classifier, or of mode lora the adapter; on one process."""
+    adapter = isinstance(run.objective, LoRA)
+    target = folder / ("adapter" if adapter else "classifier")
+    if trainer.is_world_process_zero():
+        trainer.save_adapter(target, run.encoder) if adapter else trainer.save_classifier(target)
+    return target
 
 
 def improve_encoder(run: FinetuneRun, environment: dict[str, Any]) -> None:
@@ -305,15 +327,15 @@ def improve_encoder(run: FinetuneRun, environment: dict[str, Any]) -> None:
     target = trainer.save_encoder(folder / "encoder")
     name = f"LP-AFF {start.config.architecture} {images.name.split('/')[-1]}"
     rows: dict[str, ProbeResult] = {}
-    test = load_test(run, images.num_classes or 0, image_size) if measured and images.labels is not None else None
+    test = load_test(run, images, image_size) if measured and images.labels is not None else None
     if test is not None:
         networks = {name: trainer.classifier_model, "before": cast(Any, start).to(run.training.device)}
         rows = {key: probe(network, images, test, run) for key, network in networks.items()}
-    draw(run, trainer, None, folder)
+    draw(run, trainer, None, None, folder)
     write_report(run, trainer, [r.to_result(key) for key, r in rows.items()], target, environment, name)
     if rows:
         table = {("after" if key == name else key): r.to_dict() for key, r in reversed(rows.items())}
-        print_table(run, table, len(test or ()), f"Linear probe on {images.name}")
+        print_table(table, len(test or ()), f"Linear probe on {images.name}")
     tell(f"Output folder: {folder}  (encoder/, model card README.md, report.json, curves.png)")
 
 

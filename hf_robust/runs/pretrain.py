@@ -104,7 +104,7 @@ def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDat
         say(run, f"The split {data.eval_split!r} has no labels: the accuracy of the encoder is not measured.")
         return train, None
     evaluation.name = dataset_title(run.data.dataset_name)
-    return train, evaluation
+    return train, evaluation.numbered_as(train)
 
 
 def model_config(

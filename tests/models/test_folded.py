@@ -283,3 +283,19 @@ def test_images_that_pass_part_by_part_on_a_cpu_give_the_same_features_and_input
     assert sizes == [7, 3, 3, 1]
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(("name", "folds"), [("cifar", True), ("stock", True), ("transformer", False)])
+def test_the_first_convolution_takes_over_the_division_by_the_standard_deviation(name, folds):
+    model = trained_looking(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folded, x = FoldedNetwork(model), images(model).requires_grad_(True)
+    assert folded._scaled is folds
+    for branch in model.switch.branches:
+        found, expected = folded.features(x, branch), model.features(x, branch)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+        one, other = (torch.autograd.grad(z.square().sum(), x)[0] for z in (found, expected))
+        torch.testing.assert_close(one, other, atol=1e-3 * float(other.abs().max()), rtol=1e-2)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    plain = FoldedNetwork(trained_looking(name, mean=None, std=None))
+    assert plain._scaled is False
