@@ -49,7 +49,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("hub_files", "hub_folders"),
     ),
     (
-        *("objectives", "coresets", "evaluation", "training_args", "callbacks", "checkpoints", "model_card_texts", "hub"),
+        *(
+            "objectives",
+            "coresets",
+            "evaluation",
+            "training_args",
+            "callbacks",
+            "checkpoints",
+            "model_card_texts",
+            "hub",
+        ),
         *("evaluation.autoattack", "evaluation.corruptions", "evaluation.judged_images", "evaluation.classifier"),
         *("evaluation.evaluation_report", "evaluation.html_report"),
     ),
