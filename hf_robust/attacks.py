@@ -85,6 +85,8 @@ class PGD:
         random_start (`bool`, defaults to `True`): start uniformly inside the ball rather than at the image.
         start_std (`float`, *optional*): start at Gaussian noise of this standard deviation around the image instead,
             in pixels of [0, 1], clipped neither to the ball nor to the image range; TRADES takes 0.001.
+        clip_start (`bool`, defaults to `False`): clip the start to ball and image range, as RoCL does; otherwise the
+            first gradient is taken at the start as it was drawn.
 
     Raises:
         ValueError: for a budget outside its range, a negative number of steps, an unknown norm, or a `start_std` that
@@ -103,10 +105,14 @@ class PGD:
         default=None,
         metadata={"help": "Gaussian start of this standard deviation instead of the uniform one; TRADES: 0.001."},
     )
+    clip_start: bool = field(
+        default=False, metadata={"help": "Clip the random start to ball and image range; RoCL does, ACL does not."}
+    )
 
     def __repr__(self) -> str:
-        # Checkpoints are compared by this text: those written before there was a Gaussian start still resume.
-        shown = [f for f in fields(self) if f.name != "start_std" or self.start_std is not None]
+        # Checkpoints are compared by this text: those written before there were these two still resume.
+        late = ("start_std", "clip_start")
+        shown = [f for f in fields(self) if f.name not in late or getattr(self, f.name) != f.default]
         return f"PGD({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:
@@ -164,6 +170,8 @@ class PGD:
             raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
         x = x.detach()
         delta = self._start(x, generator) if start is None else start.detach().to(x)
+        if self.clip_start:
+            delta = self._project(delta, x)
         if self.steps == 0:
             return (x + self._project(delta, x)).clamp(0, 1)
         for _ in range(self.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -105,10 +106,7 @@ class RobustFinetuner(RobustTrainer):
 
     def step_context(self, generator: torch.Generator) -> StepContext:
         """Add the accuracy that the method asked for."""
-        context = super().step_context(generator)
-        return StepContext(
-            context.attack, context.progress, context.teacher, context.autocast, self._standard_accuracy
-        )
+        return dataclasses.replace(super().step_context(generator), standard_accuracy=self._standard_accuracy)
 
     def _measure_on_request(self) -> None:
         """At the beginning of an epoch and at equal distances within; once per step, also after a resume there."""

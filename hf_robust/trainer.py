@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, rotate_checkpoints
@@ -26,17 +24,16 @@ from hf_robust.coresets.phases import CoresetPhases, seeded_generator
 from hf_robust.coresets.sampler import CoresetSampler
 from hf_robust.data import ImageDataset, collate_images
 from hf_robust.loss_record import LossRecord, finite, logged_seconds
+from hf_robust.model_fit import check_fit
 from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
-from hf_robust.objectives.base import check_fit
 from hf_robust.optim import make_optimizer, paper_schedule
+from hf_robust.teachers import build_teacher, restore_teacher, save_teacher
 from hf_robust.training_args import RobustTrainingArguments
 
 __all__ = ["RobustTrainer"]
 
 logger = logging.getLogger(__name__)
-
-_TEACHER_FILE = "teacher.safetensors"
 
 
 class RobustTrainer(Trainer):
@@ -52,6 +49,7 @@ class RobustTrainer(Trainer):
         attack ([`PGD`], *optional*): the training attack; default: the published one.
         train_dataset ([`ImageDataset`]): uint8 images.
         coreset ([`CoresetMethod`], *optional*): which of them each epoch shows; default: all.
+        teacher (`str`, `Path` or `nn.Module`, *optional*): frozen teacher, see `teachers.load_teacher`.
         kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -78,6 +76,7 @@ class RobustTrainer(Trainer):
         attack: PGD | None = None,
         train_dataset: ImageDataset | None = None,
         coreset: CoresetMethod | None = None,
+        teacher: Any = None,
         **kwargs: Any,
     ) -> None:
         check_fit(objective, model, train_dataset)
@@ -110,7 +109,7 @@ class RobustTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.objective = objective
         self.attack = attack if attack is not None else PGD()
-        self.teacher = self._build_teacher()
+        self.teacher = build_teacher(objective, self.model, teacher, self.args.device)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._strength, self._micro_step = 1.0, (-1, 0)
         self._record = LossRecord(self.args.device)
@@ -149,7 +148,9 @@ class RobustTrainer(Trainer):
 
     def step_context(self, generator: torch.Generator) -> StepContext:
         """What the objective gets beside model and batch."""
-        return StepContext(self._training_attack(generator), self.progress, self.teacher, self.accelerator.autocast)
+        memory = self.state.stateful_callbacks.setdefault("method_memory", {})  # travels with the state's JSON
+        attack, autocast = self._training_attack(generator), self.accelerator.autocast
+        return StepContext(attack, self.progress, self.teacher, autocast, memory=memory)
 
     def _step_generator(self) -> torch.Generator:
         step, micro = self._micro_step
@@ -260,12 +261,6 @@ class RobustTrainer(Trainer):
     def end_epoch(self, before: float, epoch: float) -> None:
         """Nothing here; subclasses probe."""
 
-    def _build_teacher(self) -> Any:
-        if self.objective.teacher_kind is None:
-            return None
-        teacher = copy.deepcopy(self.model).requires_grad_(False).to(self.args.device)
-        return teacher.train()
-
     @property
     def training_seconds(self) -> float:
         """Logged wall time of the training, earlier sessions of a resumed run included."""
@@ -348,7 +343,9 @@ class RobustTrainer(Trainer):
         self._stop_if_broken()
 
     def _networks(self) -> list[nn.Module]:
-        return [n for n in (self.accelerator.unwrap_model(self.model), self.teacher) if n is not None]
+        """Those that move: a frozen teacher has no mode, gradient or statistic to look after."""
+        moving = [self.teacher] if self.objective.teacher_kind == "ema" else []
+        return [self.accelerator.unwrap_model(self.model), *moving]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._record.broken |= ~finite(self._networks())
@@ -360,8 +357,8 @@ class RobustTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go once this one is complete
         try:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and self.teacher is not None:
-                save_model(self.teacher, str(folder / _TEACHER_FILE))
+            if self.args.should_save:
+                save_teacher(self.teacher, folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.save_beside(folder)
@@ -382,8 +379,7 @@ class RobustTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.teacher is not None:
-            load_model(self.teacher, os.path.join(resume_from_checkpoint, _TEACHER_FILE))
+        restore_teacher(self.teacher, resume_from_checkpoint)
         self.phases.load(resume_from_checkpoint)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,8 @@ import torch
 
 TESTS = Path(__file__).parent
 # objective - norm statistics: frozen, or of the whole batch in train mode
-EQUAL = ["acl-frozen", "air-frozen", "acl-sync", "air-sync"]
+EQUAL = [f"{method}-{norms}" for norms in ("frozen", "sync") for method in ("acl", "air", "advcl", "rocl")]
+EQUAL += ["ainfonce-frozen", "deacl-frozen", "deacl-sync", "fare-sync"]
 FINETUNING = [f"finetune-{method}-{norms}" for method in ("aff", "autolora", "lora") for norms in ("frozen", "sync")]
 SELECTIONS = ["rcs-batch", "rcs-sample"]
 
@@ -56,6 +57,14 @@ def test_two_processes_equal_one(one, two, case):
             torch.testing.assert_close(found["gradients"][name], gradient, atol=1e-5 * scale, rtol=0, msg=name)
         for name, buffer in expected["buffers"].items():
             torch.testing.assert_close(found["buffers"][name], buffer, atol=1e-5, rtol=1e-5)
+
+
+def test_all_processes_remember_what_one_would(one, two):
+    expected = one["ainfonce-frozen"]["memory"]
+    assert expected["distance_images"] == 8
+    for rank in two:
+        assert rank["ainfonce-frozen"]["memory"] == two[0]["ainfonce-frozen"]["memory"]
+        assert rank["ainfonce-frozen"]["memory"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", FINETUNING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, Self, cast
 
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 
 from .backbones import create_backbone
+from .heads import LinearHeads, Projector
 from .norm import BranchSwitch, add_norm_branches, use_branch
 
 __all__ = ["InputNormalization", "Projector", "RobustModelForPreTraining", "RobustPretrainingConfig"]
@@ -24,20 +24,30 @@ class RobustPretrainingConfig(PreTrainedConfig):
         model_args (`dict[str, Any]`, *optional*): Further arguments of the architecture.
         image_size (`int`): Side of the training images in pixels. Defaults to 32.
         norm_branches (`Sequence[str]`): Names of the norm branches. Defaults to ``("clean", "adv")``; a single name
-            leaves the norm layers plain.
-        head (`str`): What stands on the features: `"projector"` (contrastive methods, the default) or `"classifier"`,
-            one linear layer for supervised ones.
+            leaves the norm layers plain. Networks whose norms keep no running statistics (LayerNorm of vision
+            transformers, GroupNorm) share all of the backbone between the branches: the names stay valid, and only a
+            projector has branches then.
+        head (`str`): What stands on the features: `"projector"` (contrastive methods, the default), `"classifier"`,
+            one linear layer for supervised ones, or `"none"` for methods that compare the features themselves.
         num_classes (`int`, *optional*): Outputs of the classifier, at least 2; left out with a projector.
         projector_layers (`int`): 2 or 3. Defaults to 3, as released for the CIFAR and STL networks. Without effect
             for a classifier, as is `projector_dim`.
         projector_dim (`int`, *optional*): Width of the embedding. The backbone's feature width by default.
+        projector_hidden_dim (`int`, *optional*): Width between the layers. The backbone's feature width by default.
+        projector_norms (`str`): Batch norm after `"all"` layers of the projector (ACL, the default), after the
+            `"hidden"` ones only (AdvCL) or `"none"` (RoCL).
+        projector_norm_branches (`str`): `"own"` (the default): its norms have the branches of the backbone's;
+            `"shared"`: one norm for all branches (AdvCL).
+        branch_heads (`Mapping[str, Sequence[int]]`, *optional*): Branches whose features go to linear classifiers of
+            these sizes instead of the projector, such as ``{"adv_ce": [2, 10]}``. None by default.
         mean (`Sequence[float]`, *optional*): Subtracted from the pixels per channel. ImageNet's by default, as
             released for every ResNet-18; `None` (with `std=None`) for no normalisation.
         std (`Sequence[float]`, *optional*): Divides the pixels per channel.
 
     Raises:
         ValueError: For an impossible set of branches, an unknown head, a classifier without number of classes (or a
-            projector with one), a projector of another depth, or a mean without std.
+            projector with one), another projector than these, classifiers for an unknown branch, or a mean without
+            std.
     """
 
     model_type = "hf_robust_pretraining"
@@ -46,10 +56,14 @@ class RobustPretrainingConfig(PreTrainedConfig):
     model_args: dict[str, Any] | None = None
     image_size: int = 32
     norm_branches: Sequence[str] = ("clean", "adv")
-    head: Literal["projector", "classifier"] = "projector"
+    head: Literal["projector", "classifier", "none"] = "projector"
     num_classes: int | None = None
     projector_layers: int = 3
     projector_dim: int | None = None
+    projector_hidden_dim: int | None = None
+    projector_norms: Literal["all", "hidden", "none"] = "all"
+    projector_norm_branches: Literal["own", "shared"] = "own"
+    branch_heads: dict[str, list[int]] | None = None
     mean: Sequence[float] | None = (0.485, 0.456, 0.406)
     std: Sequence[float] | None = (0.229, 0.224, 0.225)
 
@@ -57,8 +71,9 @@ class RobustPretrainingConfig(PreTrainedConfig):
         self.model_args = dict(self.model_args or {})
         self.norm_branches = BranchSwitch(self.norm_branches).branches
         _check_head(self.head, self.num_classes)
-        if self.projector_layers not in (2, 3):
-            raise ValueError(f"projector_layers must be 2 or 3, got {self.projector_layers!r}: the papers use 3")
+        _check_projector(self)
+        self.branch_heads = {name: list(sizes) for name, sizes in (self.branch_heads or {}).items()}
+        _check_branch_heads(self)
         if (self.mean is None) != (self.std is None):
             raise ValueError(
                 f"mean and std go together, got mean={self.mean!r} and std={self.std!r}: "
@@ -73,14 +88,15 @@ class RobustPretrainingConfig(PreTrainedConfig):
 
 
 def _check_head(head: str, num_classes: int | None) -> None:
-    if head not in ("projector", "classifier"):
+    if head not in ("projector", "classifier", "none"):
         raise ValueError(
-            f"head must be 'projector' or 'classifier', got {head!r}: contrastive methods train a projector, "
-            "supervised ones a classifier"
+            f"head must be 'projector', 'classifier' or 'none', got {head!r}: contrastive methods train a projector, "
+            "supervised ones a classifier, those with a frozen teacher neither"
         )
-    if head == "projector" and num_classes is not None:
+    if head != "classifier" and num_classes is not None:
+        what = "a projector" if head == "projector" else "a model without head"
         raise ValueError(
-            f"a projector has no classes, got num_classes={num_classes!r}: write head='classifier', or leave "
+            f"{what} has no classes, got num_classes={num_classes!r}: write head='classifier', or leave "
             "num_classes out and set projector_dim"
         )
     if head == "classifier" and (num_classes is None or num_classes < 2):
@@ -88,6 +104,30 @@ def _check_head(head: str, num_classes: int | None) -> None:
             f"a classifier needs at least 2 classes, got num_classes={num_classes!r}: pass the num_classes of the "
             "labelled data set, e.g. num_classes=10 for CIFAR-10"
         )
+
+
+def _check_projector(config: RobustPretrainingConfig) -> None:
+    if config.projector_layers not in (2, 3):
+        raise ValueError(f"projector_layers must be 2 or 3, got {config.projector_layers!r}: the papers use 3")
+    if config.projector_norms not in ("all", "hidden", "none"):
+        raise ValueError(
+            f"projector_norms must be 'all' (ACL), 'hidden' (AdvCL) or 'none' (RoCL), got {config.projector_norms!r}"
+        )
+    if config.projector_norm_branches not in ("own", "shared"):
+        raise ValueError(
+            f"projector_norm_branches must be 'own' or 'shared' (AdvCL), got {config.projector_norm_branches!r}"
+        )
+
+
+def _check_branch_heads(config: RobustPretrainingConfig) -> None:
+    for name, sizes in (config.branch_heads or {}).items():
+        if name not in config.norm_branches:
+            raise ValueError(
+                f"branch_heads names the branch {name!r}, norm_branches are {', '.join(config.norm_branches)}: add it "
+                "there"
+            )
+        if not sizes or min(sizes) < 2:
+            raise ValueError(f"classifiers of {name!r} need at least 2 classes each, got {sizes}: such as [2, 10]")
 
 
 class InputNormalization(nn.Module):
@@ -118,32 +158,6 @@ class InputNormalization(nn.Module):
         return (x - self.mean) / self.std
 
 
-class Projector(nn.Sequential):
-    """The head between pooled features and contrastive loss: linear layers, each followed by batch norm.
-
-    ReLU stands between the layers and not at the end; only the first linear layer has a bias.
-
-    Args:
-        in_features (`int`): Width of the features, and of the hidden layers.
-        out_features (`int`): Width of the embedding.
-        layers (`int`): 2 or 3.
-
-    Source: `models/resnet_multi_bn.py` of the released code of ACL and RCS (three layers; its two-layer option and the
-    head of the ImageNet-32 network have this form with two).
-    """
-
-    def __init__(self, in_features: int, out_features: int, layers: int = 3) -> None:
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        for index in range(1, layers + 1):
-            last = index == layers
-            width = out_features if last else in_features
-            parts[f"fc{index}"] = nn.Linear(in_features, width, bias=index == 1)
-            parts[f"bn{index}"] = nn.BatchNorm1d(width)
-            if not last:
-                parts[f"act{index}"] = nn.ReLU(inplace=True)
-        super().__init__(parts)
-
-
 class RobustModelForPreTraining(PreTrainedModel):
     """A timm backbone and a head, whose norm layers have one branch per kind of input.
 
@@ -158,7 +172,9 @@ class RobustModelForPreTraining(PreTrainedModel):
         normalize (`nn.Module`): First layer of `features`.
         backbone (`nn.Module`): timm model without classifier.
         projector (`nn.Module`): Head of the contrastive loss; with `head="projector"` only.
-        classifier (`nn.Linear`): Head of the cross-entropy; with `head="classifier"` only.
+        classifier (`nn.Linear`): Head of the cross-entropy; with `head="classifier"` only. With `head="none"` there
+            is neither, and the output is the features.
+        branch_heads (`nn.ModuleDict`): [`LinearHeads`] by branch, where the configuration names any.
         num_features (`int`): Width of `features`.
 
     Raises:
@@ -187,11 +203,20 @@ class RobustModelForPreTraining(PreTrainedModel):
         add_norm_branches(self.backbone, switch=self.switch)
         if config.head == "classifier":
             self.classifier = nn.Linear(self.num_features, cast(int, config.num_classes))
-        else:
+        elif config.head == "projector":
             self.projector = Projector(
-                self.num_features, config.projector_dim or self.num_features, config.projector_layers
+                self.num_features,
+                config.projector_dim or self.num_features,
+                config.projector_layers,
+                config.projector_hidden_dim,
+                config.projector_norms,
             )
-            add_norm_branches(self.projector, switch=self.switch)
+            if config.projector_norm_branches == "own":
+                add_norm_branches(self.projector, switch=self.switch)
+        if config.branch_heads:
+            self.branch_heads = nn.ModuleDict(
+                {name: LinearHeads(self.num_features, sizes) for name, sizes in config.branch_heads.items()}
+            )
         self.post_init()
 
     @property
@@ -199,9 +224,9 @@ class RobustModelForPreTraining(PreTrainedModel):
         """What stands on the features, by whichever name it is saved.
 
         Returns:
-            `nn.Module`: The projector or the classifier.
+            `nn.Module`: The projector, the classifier or an `nn.Identity`.
         """
-        return self.classifier if self.config.head == "classifier" else self.projector
+        return nn.Identity() if self.config.head == "none" else self.get_submodule(self.config.head)
 
     @property
     def default_branch(self) -> str:
@@ -252,20 +277,22 @@ class RobustModelForPreTraining(PreTrainedModel):
             return self.backbone(self.normalize(x))
 
     def head(self, features: torch.Tensor, branch: str) -> torch.Tensor:
-        """Output of the head: an embedding, not normalised to unit length, or class logits.
+        """Output of the head: an embedding, not normalised to unit length, class logits, or the features themselves.
 
         Args:
             features (`torch.Tensor`): Pooled features `(N, num_features)` of [`features`].
             branch (`str`): Norm branch to use.
 
         Returns:
-            `torch.Tensor`: `(N, P)`; P is `projector_dim`, or `num_classes` of a classifier.
+            `torch.Tensor`: `(N, P)`; P is `projector_dim`, `num_classes` of a classifier, or D without head; of a
+            branch in `branch_heads`, the sum of its classes.
 
         Raises:
             ValueError: For an unknown branch; the message lists the known ones.
         """
         with use_branch(self.switch, branch):
-            return self.head_module(features)
+            own = self.config.branch_heads and branch in self.config.branch_heads
+            return (self.branch_heads[branch] if own else self.head_module)(features)
 
     def embed(self, x: torch.Tensor, branch: str) -> torch.Tensor:
         """Output of the head for images: `head(features(x, branch), branch)`.
@@ -275,7 +302,7 @@ class RobustModelForPreTraining(PreTrainedModel):
             branch (`str`): Norm branch to use.
 
         Returns:
-            `torch.Tensor`: `(N, P)`; P is `projector_dim`, or `num_classes` of a classifier.
+            `torch.Tensor`: `(N, P)`; P is `projector_dim`, `num_classes` of a classifier, or D without head.
 
         Raises:
             ValueError: For an unknown branch; the message lists the known ones.
