@@ -126,11 +126,6 @@ class RobustFinetuner(RobustTrainer):
         weights = self.objective.term_weights(self._standard_accuracy)
         self.log({"path_standard_accuracy": self._standard_accuracy, **weights})
 
-    def after_step(self) -> None:
-        """Share norm statistics between processes, unless they stand still: a mean of equals may round."""
-        if self.objective.trains == "all":
-            super().after_step()
-
     # ------------------------------------------------------------------ measuring
     def measure(
         self,

@@ -41,7 +41,7 @@ class RobustPretrainer(RobustTrainer):
     def __init__(
         self, *args: Any, views: Views | None = None, teacher: Any = None, pseudo_labels: Any = None, **kwargs: Any
     ) -> None:
-        super().__init__(*args, teacher=teacher, **kwargs)
+        super().__init__(*args, **kwargs | {"teacher": teacher})
         self._check_probe()
         if views is None:
             views = Views(self.model.config.image_size, **self.objective.view_options)

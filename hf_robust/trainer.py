@@ -148,7 +148,8 @@ class RobustTrainer(Trainer):
 
     def step_context(self, generator: torch.Generator) -> StepContext:
         """What the objective gets beside model and batch."""
-        memory = self.state.stateful_callbacks.setdefault("method_memory", {})  # travels with the state's JSON
+        kept: Any = self.state.stateful_callbacks  # a dictionary that is saved with the state, as JSON
+        memory = kept.setdefault("method_memory", {})
         attack, autocast = self._training_attack(generator), self.accelerator.autocast
         return StepContext(attack, self.progress, self.teacher, autocast, memory=memory)
 
@@ -248,8 +249,8 @@ class RobustTrainer(Trainer):
             update_ema(self.teacher, student, self.objective.ema_decay)  # type: ignore[attr-defined]
 
     def after_step(self) -> None:
-        """Share norm statistics between processes."""
-        for network in self._networks():
+        """Share norm statistics between processes, unless they stand still: a mean of equals may round."""
+        for network in self._networks() if self.objective.trains == "all" else ():
             average_buffers(network)
 
     def close_round(self, rounds: float) -> bool:

@@ -68,12 +68,16 @@ def step(case: str) -> dict[str, Any]:
         per_device_train_batch_size=IMAGES // world,
         max_steps=1,
         warmup_epochs=0,
-        sync_norm=mode == "sync",
+        sync_norm=mode in ("sync", "double"),
         pseudo_labels=PseudoLabels(labels) if labels else None,
     )
     assert trainer.args.world_size == world
     trainer.attack = PGD(steps=3, random_start=False)
     trainer.views = fixed_views  # type: ignore[assignment]
+    if mode == "double":  # where rounding in norms of few values would hide what is to be seen
+        trainer.model.double()
+        trainer.teacher.double()
+        trainer.views = lambda *args, **_: {n: x.double() for n, x in fixed_views(*args).items()}  # type: ignore
     if mode == "frozen":
         trainer.model.eval()
         trainer.model.train = lambda *_: trainer.model  # type: ignore[method-assign]

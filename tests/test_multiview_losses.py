@@ -237,11 +237,15 @@ def test_hard_negatives_equal_the_equation(formulation, beta, tau_plus, temperat
     assert supcon(views, temperature=temperature, hard_negatives=hard).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_lower_bound_of_the_debiased_negatives():
+@pytest.mark.parametrize(
+    ("formulation", "least"),
+    [("fixed", math.exp(-1 / 0.5)), ("released_rocl", math.exp(-1 / 0.5)), ("released_advcl", 1.0)],
+)
+def test_lower_bound_of_the_debiased_negatives(formulation, least):
     """Positives so near and negatives so far that taking off the share leaves nothing."""
     images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    views, hard = [images, images * 2], HardNegatives(1.0, 0.9)
-    bound = 4 * math.exp(-1 / 0.5)
+    views, hard = [images, images * 2], HardNegatives(1.0, 0.9, formulation)
+    bound = 4 * least
     expected = math.log(math.exp(1 / 0.5) + bound) - 1 / 0.5
     assert supcon(views, hard_negatives=hard).item() == pytest.approx(expected, rel=1e-12)
     assert slow_supcon(slow_terms(views, 0.5, hard), 2) == pytest.approx(expected, rel=1e-12)
@@ -260,8 +264,10 @@ def test_low_temperatures_do_not_overflow():
         assert bool(torch.isfinite(loss))
 
 
-def test_hard_negatives_and_a_rule_together():
-    views, hard = random_views(4), HardNegatives(1.0, 0.1)
+@pytest.mark.parametrize("formulation", ["fixed", "released_rocl", "released_advcl"])
+def test_hard_negatives_and_a_rule_together(formulation):
+    """Only here does it matter whose denominator a term has: over all pairs alike, each is summed once."""
+    views, hard = random_views(4), HardNegatives(1.0, 0.1, formulation)
     rule = inferior_positives(4, (0,), 0.2, 0.7)
     expected = slow_supcon(slow_terms(views, 0.5, hard), 4, rule.weights.numpy())
     assert supcon(views, pairs=rule, hard_negatives=hard).item() == pytest.approx(expected, rel=1e-10)

@@ -28,7 +28,8 @@ METHODS = {"acl": ACL(), "deacl": DeACL(), "fare": FARE(), "fare_adapter": FARE(
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """An exported transformer."""
-    return save_encoder(tiny_model(SimCLR(), seed=3, **tiny_vit()), tmp_path_factory.mktemp("vit") / "encoder", "clean")
+    model = tiny_model(SimCLR(), seed=3, **tiny_vit())
+    return save_encoder(model, tmp_path_factory.mktemp("vit") / "encoder", branch="clean")
 
 
 def model_of(method, teacher):
