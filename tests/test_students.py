@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from training import tiny_model
+from training import tiny_model, tiny_vit
 
 from hf_robust.cli import parse_pretrain
 from hf_robust.hub import save_encoder
@@ -51,6 +51,15 @@ def test_another_backbone_than_the_teachers_is_refused(teacher):
     with pytest.raises(ValueError, match=r"FARE starts from its teacher, .*: leave --backbone out$"):
         begin_at_teacher(parsed("--objective", "fare", *flags))
     begin_at_teacher(parsed("--objective", "fare", "--teacher", teacher, "--backbone", "resnet10_cifar"))
+
+
+def test_a_transformer_may_be_called_by_the_name_it_was_trained_under(tmp_path):
+    teacher = str(save_encoder(tiny_model(SimCLR(), **tiny_vit()), tmp_path / "encoder", branch="clean"))
+    flags = ["--objective", "fare", "--teacher", teacher, "--backbone"]
+    run, _ = begin_at_teacher(parsed(*flags, "vit_tiny_patch4_32"))
+    assert run.model.backbone == "vit_tiny_patch16_224" and run.model_args["depth"] == 2
+    with pytest.raises(ValueError, match="is a vit_tiny_patch16_224: leave --backbone out"):
+        begin_at_teacher(parsed(*flags, "vit_small_patch16_224"))
 
 
 def test_a_run_from_flags_to_card(tmp_path, teacher, capsys):

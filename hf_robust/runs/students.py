@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 from hf_robust.cli import ModelArguments, PretrainRun
+from hf_robust.models.backbones import native_architecture
 from hf_robust.models.modeling import RobustModelForPreTraining
 from hf_robust.teachers import student_of
 
@@ -29,7 +30,8 @@ def begin_at_teacher(run: PretrainRun) -> tuple[PretrainRun, RobustModelForPreTr
         return run, None
     student = student_of(run.model.teacher, run.objective, run.data.image_size)
     found, asked = student.config.architecture, run.model.backbone
-    if asked not in (found, ModelArguments.backbone):
+    left = native_architecture(asked, None)  # under which name it leaves, and comes back
+    if asked not in (found, ModelArguments.backbone) and (left is None or left[0] != found):
         scratch = ", or give --student_scratch true" if hasattr(run.objective, "student_scratch") else ""
         raise ValueError(
             f"--backbone {asked}, and {run.objective.title} starts from its teacher, which is a {found}: leave "
