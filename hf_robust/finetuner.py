@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -105,10 +106,7 @@ class RobustFinetuner(RobustTrainer):
 
     def step_context(self, generator: torch.Generator) -> StepContext:
         """Add the accuracy that the method asked for."""
-        context = super().step_context(generator)
-        return StepContext(
-            context.attack, context.progress, context.teacher, context.autocast, self._standard_accuracy
-        )
+        return replace(super().step_context(generator), standard_accuracy=self._standard_accuracy)
 
     def _measure_on_request(self) -> None:
         """At the beginning of an epoch and at equal distances within; once per step, also after a resume there."""

@@ -6,7 +6,6 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME, rotate_checkpoints
 from transformers.trainer_utils import TrainOutput
 
 from hf_robust import checkpoints
-from hf_robust.attacks import PGD, LossFn, frozen
+from hf_robust.attacks import PGD, frozen
 from hf_robust.callbacks import MethodCallback, average_buffers, share_from_first, update_ema
 from hf_robust.coresets import CoresetMethod, FullData
 from hf_robust.coresets.phases import CoresetPhases, seeded_generator
@@ -31,6 +30,7 @@ from hf_robust.objectives import Objective, StepContext
 from hf_robust.objectives.base import check_fit
 from hf_robust.optim import make_optimizer, paper_schedule
 from hf_robust.training_args import RobustTrainingArguments
+from hf_robust.training_attack import TrainingAttack
 
 __all__ = ["RobustTrainer"]
 
@@ -110,6 +110,12 @@ class RobustTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.objective = objective
         self.attack = attack if attack is not None else PGD()
+        self.training_attack = TrainingAttack(
+            self.accelerator,
+            eval_mode=objective.attack_in_eval_mode,
+            fold_norms=args.fold_norms,
+            compile_options=args.compile_options,
+        )
         self.teacher = self._build_teacher()
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._strength, self._micro_step = 1.0, (-1, 0)
@@ -149,7 +155,9 @@ class RobustTrainer(Trainer):
 
     def step_context(self, generator: torch.Generator) -> StepContext:
         """What the objective gets beside model and batch."""
-        return StepContext(self._training_attack(generator), self.progress, self.teacher, self.accelerator.autocast)
+        attack = self.training_attack.bind(self.attack, self._networks(), generator)
+        autocast, seen = self.accelerator.autocast, self.training_attack.seen
+        return StepContext(attack, self.progress, self.teacher, autocast, seen=seen)
 
     def _step_generator(self) -> torch.Generator:
         step, micro = self._micro_step
@@ -157,19 +165,11 @@ class RobustTrainer(Trainer):
         step, micro = self._micro_step
         return seeded_generator(self.args.device, self.args.seed, step, micro, self.args.process_index)
 
-    def _training_attack(self, generator: torch.Generator) -> Callable[[LossFn, Tensor], Tensor]:
-        # In half precision the gradient of a mean over a large batch underflows; the attack ignores its scale.
-        scale = 1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0
-
-        def attack(loss_fn: LossFn, x: Tensor) -> Tensor:
-            def scaled(images: Tensor) -> Tensor:
-                with self.accelerator.autocast():
-                    return loss_fn(images) * scale
-
-            with frozen(nn.ModuleList(self._networks()), eval_mode=self.objective.attack_in_eval_mode):
-                return self.attack(scaled, x, generator=generator)
-
-        return attack
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        if "dynamo_plugin" in built:  # the short last batch gets a graph of its own, rather than all a slower one
+            built["dynamo_plugin"].dynamic = False
+        return built
 
     def _get_train_sampler(self, train_dataset: Any = None) -> CoresetSampler:
         return self.phases.sampler
@@ -323,24 +323,7 @@ class RobustTrainer(Trainer):
 
     def describe_run(self) -> dict[str, str]:
         """Describe what a checkpoint must agree with to be resumed exactly."""
-        args, config = self.args, self.accelerator.unwrap_model(self.model).config
-        batch = (args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps)
-        schedule = (args.learning_rate, args.warmup_epochs, args.min_learning_rate, args.lr_granularity)
-        return {
-            "objective": repr(self.objective),
-            "attack": repr(self.attack),
-            "network": f"{config.architecture} {config.model_args} {config.image_size} px",
-            "optimizer, momentum, weight decay": repr((args.optimizer, args.momentum, args.weight_decay)),
-            "learning rate, warm-up, floor, granularity": repr(schedule),
-            "learning rate milestones": repr(args.lr_milestones),
-            "epochs, max_steps": repr(self._asked_length),
-            "coreset": repr(self.phases.method),
-            "precision": self.accelerator.mixed_precision,
-            "norm statistics of the whole batch": str(args.sync_norm),
-            "batch (images, processes, accumulation)": repr(batch),
-            "training images": str(len(self.train_dataset)),
-            "seed": str(args.seed),
-        }
+        return checkpoints.describe_run(self)
 
     def stop_if_not_finite(self) -> None:
         """Raise `FloatingPointError` when a loss, a weight or a running statistic of this process is not finite."""

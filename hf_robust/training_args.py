@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -21,10 +21,7 @@ WITHOUT_EFFECT = {
     "warmup_steps": "write --warmup_epochs, which may be a fraction",
     "eval_strategy": "accuracy during training is measured by --probe_every",
     "load_best_model_at_end": "there is no best step; keep checkpoints with --save_total_limit",
-    "torch_compile_backend": "the attack looks through the uncompiled module; leave it off",
-    "torch_compile_mode": "the attack looks through the uncompiled module; leave it off",
     "eval_on_start": "accuracy during training is measured by --probe_every",
-    "torch_compile": "the attack looks through the uncompiled module; leave it off",
     "save_only_model": "a checkpoint without optimiser state cannot be resumed exactly",
     "ignore_data_skip": "a resumed run would see other images than an uninterrupted one",
     "auto_find_batch_size": "the batch decides the negatives and the schedule; set it yourself",
@@ -83,6 +80,10 @@ class RobustTrainingArguments(TrainingArguments):
     )
     channels_last: bool = field(
         default=False, metadata={"help": "Keep images and weights in channels-last memory order; same mathematics."}
+    )
+    fold_norms: bool = field(
+        default=True,
+        metadata={"help": "Attack a copy whose norm layers are part of its convolutions; same mathematics, faster."},
     )
     cpu_threads: None | int = field(
         default=None,
@@ -152,6 +153,14 @@ class RobustTrainingArguments(TrainingArguments):
                 "deepspeed and fsdp are not supported: the attack runs on the unsharded module; use plain "
                 "data-parallel training with `accelerate launch --multi_gpu`"
             )
+
+    @property
+    def compile_options(self) -> dict[str, Any] | None:
+        """Arguments of `torch.compile` for the training step and for the network that the attack sees; `None`: eager.
+
+        `--torch_compile true` compiles both; `--torch_compile_mode reduce-overhead` captures CUDA graphs as well.
+        """
+        return {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode} if self.torch_compile else None
 
     def _refuse_what_has_no_effect(self) -> None:
         """Stock settings that this trainer does not read, or that the attack would bypass: an error, not silence."""

@@ -131,7 +131,6 @@ def test_no_advice_for_settings_that_transformers_does_not_have():
         ({"eval_strategy": "epoch"}, "measured by --probe_every"),
         ({"save_only_model": True}, "cannot be resumed exactly"),
         ({"gradient_checkpointing": True}, "lower the batch instead"),
-        ({"torch_compile": True}, "leave it off"),
         ({"push_to_hub": True}, "upload the encoder folder"),
     ],
 )

@@ -212,6 +212,36 @@ class RobustModelForPreTraining(PreTrainedModel):
         """
         return "adv" if "adv" in self.switch.branches else self.switch.branches[0]
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What the methods take as `branch`: the norm branches."""
+        return self.switch.branches
+
+    def norm_branch(self, path: str) -> str:
+        """The norm branch that a path runs through: itself.
+
+        Args:
+            path (`str`): One of `paths`.
+
+        Returns:
+            `str`: Name of the branch.
+
+        Raises:
+            ValueError: For an unknown path; the message lists the known ones.
+        """
+        return self.switch.check(path)
+
+    def adapted_layers(self, path: str) -> dict[str, Any]:
+        """Layers of the backbone whose adapters act on a path, by their names: none.
+
+        Args:
+            path (`str`): One of `paths`.
+
+        Returns:
+            `dict[str, nn.Module]`: PEFT's layers.
+        """
+        return {}
+
     def freeze_backbone(self) -> None:
         """Lets only the head learn: backbone parameters want no gradient, its layers stay in evaluation mode.
 
