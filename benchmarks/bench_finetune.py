@@ -13,6 +13,7 @@ from benchmarks.harness import Action, Case
 from benchmarks.reference_finetuning import AFFStep, ALFStep, AutoLoRaStep, SLFStep
 from benchmarks.setting import batch_of, build_model, library_step, modes
 from hf_robust.adapters import with_lora_path, without_lora
+from hf_robust.models.lora import is_lora
 from hf_robust.objectives import Objective
 from hf_robust.objectives.aff import AFF
 from hf_robust.objectives.alf import ALF
@@ -37,7 +38,10 @@ def autolora_reference(model: Any) -> AutoLoRaStep:
     for name, layer in model.lora_layers.items():
         a, b = (factor["default"].weight.flatten(1) for factor in (layer.lora_A, layer.lora_B))
         factors[name] = (a, b, layer.scaling["default"])
-    return AutoLoRaStep(without_lora(model), factors)
+    plain = without_lora(model).to(next(model.parameters()).dtype)
+    state = {name.replace("base_layer.", ""): x for name, x in model.state_dict().items() if not is_lora(name)}
+    plain.load_state_dict(state)  # again, as it was rounded to float32 on the way
+    return AutoLoRaStep(plain, factors)
 
 
 def comparisons(options: argparse.Namespace) -> dict[str, list[Case]]:

@@ -113,11 +113,11 @@ class RobustFinetuner(RobustTrainer):
         request, step = self.objective.accuracy_request, self.state.global_step
         if request is None or self._measured_at == step:
             return
-        self.stop_if_not_finite()
         position, parts = step % self._steps_per_round, max(1, request.per_epoch - 1)
         between = request.per_epoch > 1 and position % max(1, self._steps_per_round // parts) == 0
         if position and not between:
             return
+        self.stop_if_not_finite()  # reads a value from the device: not in every step
         held_out = cast(ImageDataset, self.validation_dataset)  # checked before training
         dataset = held_out if request.split == "validation" else self.train_dataset
         view = "original" if request.split == "validation" else self.objective.views[0]

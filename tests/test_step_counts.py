@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections import Counter
-from pathlib import Path
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import pytest
@@ -22,13 +24,12 @@ from hf_robust.coresets.head import Head
 from hf_robust.coresets.validation import ValidationDistance
 from hf_robust.models.folded import FoldedNetwork
 from hf_robust.objectives import Objective, load_objective
-from hf_robust.objectives.autolora import AutoLoRa
 
 # Of the width of the embedded example, of the depth of the published network.
 NETWORK: dict[str, Any] = {
     "architecture": "resnet18_cifar",
     "model_args": {"channels": [16, 32, 64, 128]},
-    "image_size": 32,
+    "image_size": 16,
 }
 BATCH = 8
 # What would make a GPU wait for the host, or the host for the GPU: reading a value, indexing by a mask or by a list,
@@ -62,7 +63,7 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     @property
-    def operations(self) -> int:
+    def total(self) -> int:
         """Operations that a step dispatches."""
         return sum(n for name, n in self.calls.items() if not name.startswith("aten.detach"))
 
@@ -84,42 +85,40 @@ class FixedBatch:
 
 
 class EveryStep(TrainerCallback):
-    """Enters a mode when a step begins and leaves it when it ends, the first one excepted, which builds."""
+    """Counts arithmetic in the second step and operations in the third; the first one builds."""
 
-    def __init__(self, make_mode: Any) -> None:
-        self._make, self._mode, self.found = make_mode, None, []
+    def __init__(self) -> None:
+        self.flops, self.operations = FlopCounterMode(display=False), Counted()
+
+    def _counter(self, step: int) -> Any:
+        return {1: self.flops, 2: self.operations}.get(step, nullcontext())
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step:
-            self._mode = self._make()
-            self._mode.__enter__()
+        self._counter(state.global_step).__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._mode is not None:
-            self._mode.__exit__(None, None, None)
-            self.found.append(self._mode)
-            self._mode = None
+        self._counter(state.global_step - 1).__exit__(None, None, None)
 
 
-def counted_steps(folder: Path, objective: Objective, make_mode: Any, **arguments: Any) -> tuple[Any, list[Any]]:
-    """Train three steps as a user does and keep what was counted in the second and the third."""
+@cache
+def counted(name: str) -> tuple[EveryStep, float]:
+    """Train three steps as a user does: what was counted, and the arithmetic of a forward pass of one view."""
+    objective: Any = load_objective(name)()
     model = tiny_model(objective, **NETWORK)
-    images = tiny_images(24 if objective.needs_labels else BATCH)
-    common = {"max_steps": 3, "per_device_train_batch_size": BATCH, "logging_steps": 10**6, **arguments}
-    common |= {"logging_first_step": False, "num_train_epochs": 3}
-    if objective.needs_labels:
-        common |= {"keep": "last", "lr_rule": "milestones", "validation_steps": 1}
-        trainer: Any = tiny_finetuner(folder, objective, model=model, data=images, **common)
-    else:
-        trainer = tiny_trainer(folder, objective, model=model, data=images, **common)
-    trainer.attack = objective.training_attack
-    trainer.views = FixedBatch(objective, 32)
-    trainer.measure = lambda *_, **__: _Measured()
-    callback = EveryStep(make_mode)
-    trainer.add_callback(callback)
-    trainer.train()
-    assert len(callback.found) == 2
-    return trainer, callback.found
+    settings: dict[str, Any] = {"num_train_epochs": 3, "max_steps": 3, "per_device_train_batch_size": BATCH}
+    settings |= {"logging_steps": 10**6, "logging_first_step": False}
+    with tempfile.TemporaryDirectory() as folder:
+        if objective.needs_labels:
+            settings |= {"keep": "last", "lr_rule": "milestones"}
+            trainer: Any = tiny_finetuner(folder, objective, model=model, data=tiny_images(4 * BATCH), **settings)
+        else:
+            trainer = tiny_trainer(folder, objective, model=model, data=tiny_images(BATCH), **settings)
+        trainer.attack, trainer.views = objective.training_attack, FixedBatch(objective, NETWORK["image_size"])
+        trainer.measure = lambda *_, **__: _Measured()
+        counters = EveryStep()
+        trainer.add_callback(counters)
+        trainer.train()
+    return counters, forward_flops(model)
 
 
 class _Measured:
@@ -131,12 +130,12 @@ class _Measured:
         return {}
 
 
-def forward_flops(model: Any) -> int:
+def forward_flops(model: Any) -> float:
     """Arithmetic of one forward pass of one view."""
-    module, x = getattr(model, "module", model), torch.rand(1, 3, 32, 32)
-    with frozen(module), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module.embed(x, module.default_branch)
-    return counter.get_total_flops()
+    x = torch.rand(1, 3, model.config.image_size, model.config.image_size)
+    with frozen(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.embed(x, model.default_branch)
+    return float(counter.get_total_flops())
 
 
 # ---------------------------------------------------------------------- arithmetic
@@ -152,18 +151,15 @@ def forward_flops(model: Any) -> int:
         ("alf", 1, 21.0),
     ],
 )
-def test_arithmetic_per_view(tmp_path, name, views, expected):
-    objective = load_objective(name)()
-    trainer, found = counted_steps(tmp_path, objective, lambda: FlopCounterMode(display=False))
-    per_view = [counter.get_total_flops() / forward_flops(trainer.model) / (views * BATCH) for counter in found]
-    assert per_view == pytest.approx([expected] * 2, rel=0.01)
+def test_arithmetic_per_view(name, views, expected):
+    counters, forward = counted(name)
+    assert counters.flops.get_total_flops() / forward / (views * BATCH) == pytest.approx(expected, rel=0.01)
 
 
-def test_arithmetic_of_autolora(tmp_path):
+def test_arithmetic_of_autolora():
     """Ten steps, the adversarial pass and the clean one, whose base weights get no gradient: 25, and the adapters."""
-    trainer, found = counted_steps(tmp_path, AutoLoRa(), lambda: FlopCounterMode(display=False))
-    for counter in found:
-        assert 25.0 < counter.get_total_flops() / forward_flops(trainer.model) / BATCH <= 26.0
+    counters, forward = counted("autolora")
+    assert 25.0 < counters.flops.get_total_flops() / forward / BATCH <= 26.0
 
 
 def selection(trainer: Any) -> Any:
@@ -197,15 +193,15 @@ def test_arithmetic_of_a_selection(tmp_path):
 
 # ---------------------------------------------------------------------- operations and waits
 @pytest.mark.parametrize(("name", "most"), [("acl", 1600), ("air", 2000)])
-def test_operations_of_a_step(tmp_path, name, most):
-    _, found = counted_steps(tmp_path, load_objective(name)(), Counted)
-    assert all(1000 < counted.operations <= most for counted in found)
+def test_operations_of_a_step(name, most):
+    counters, _ = counted(name)
+    assert 1000 < counters.operations.total <= most
 
 
 @pytest.mark.parametrize("name", ["simclr", "acl", "air", "dynacl", "sat", "slf", "alf", "aff", "lora", "autolora"])
-def test_no_step_waits(tmp_path, name):
-    _, found = counted_steps(tmp_path, load_objective(name)(), Counted)
-    assert [counted.waits() for counted in found] == [{}, {}]
+def test_no_step_waits(name):
+    counters, _ = counted(name)
+    assert counters.operations.total > 100 and counters.operations.waits() == {}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +218,6 @@ def test_no_step_waits(tmp_path, name):
     ],
 )
 def test_the_counter_sees_what_waits(wait):
-    with Counted() as counted:
+    with Counted() as counter:
         wait(torch.ones(2))
-    assert counted.waits()
+    assert counter.waits()

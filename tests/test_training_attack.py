@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-import tracemalloc
+import resource
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from objectives.linear_model import Nudge
 from torch import Tensor, nn
-from training import tiny_images, tiny_model, tiny_trainer
+from training import tiny_model, tiny_trainer
 
 from hf_robust.attacks import PGD
 from hf_robust.checkpoints import describe_run
@@ -22,6 +23,7 @@ from hf_robust.objectives.autolora import AutoLoRa
 from hf_robust.objectives.base import StepContext
 from hf_robust.objectives.dynacl import DynACL
 from hf_robust.objectives.lora import LoRA
+from hf_robust.objectives.sat import SAT
 from hf_robust.training_attack import TrainingAttack
 
 ATTACKED = ("acl", "air", "sat", "alf", "aff", "lora", "autolora", "dynacl")
@@ -99,11 +101,9 @@ def test_in_double_precision_the_images_are_those_of_the_plain_attack(name):
 @pytest.mark.parametrize("name", ["acl", "aff", "autolora"])
 def test_the_attack_raises_the_loss_as_far_as_the_plain_attack_in_fp32(name, precision):
     objective = load_objective(name)()
-    model = network_of(objective, architecture="resnet18_cifar", image_size=16)
+    # Rounding averages out over the channels of a network of usual width.
+    model = tiny_model(objective, model_args={"channels": [16, 32, 64, 128]}, image_size=16).train()
     batch = batch_of(objective, model, 24)
-    with torch.no_grad():  # statistics that fit the weights, as training leaves them
-        for _ in range(20):
-            model([(branch, batch[objective.views[0]]) for branch in objective.norm_branches])
     model.to(memory_format=torch.channels_last)
     plain, loss = attacked(objective, model, batch, TrainingAttack(Precision(), fold_norms=False), steps=5)
     last = {k: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v for k, v in batch.items()}
@@ -113,7 +113,7 @@ def test_the_attack_raises_the_loss_as_far_as_the_plain_attack_in_fp32(name, pre
     with torch.no_grad():
         before, reached, bound = (float(loss(x)) for x in (start, fast, plain))
     assert bound > before
-    assert 0.98 <= (reached - before) / (bound - before) <= 1.02
+    assert 0.98 <= (reached - before) / (bound - before) <= 1.02, (reached - before) / (bound - before)
 
 
 def test_memory_order_does_not_change_the_noise():
@@ -162,6 +162,21 @@ def test_in_half_precision_all_but_the_first_convolution_are_cast_once():
     copied = TrainingAttack(Precision("bf16")).seen(model).copy_of("adv")
     dtypes = [m.weight.dtype for m in copied.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert dtypes[0] == torch.float32 and set(dtypes[1:]) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["acl", "autolora"])
+def test_a_copy_that_an_attack_in_half_precision_asks_for_is_folded_in_full_precision(name):
+    objective = load_objective(name)()
+    model, attack = network_of(objective), TrainingAttack(Precision("bf16"))
+    for _ in range(2):  # made and refreshed
+        attacked(objective, model, batch_of(objective, model), attack)
+        copied = attack.seen(model).copy_of("adv")
+        assert copied.folded and not any(isinstance(m, nn.BatchNorm2d) for m in copied.modules())
+        attack.seen(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = attack._copies[model].copy_of("adv").state_dict()
+        fresh = TrainingAttack(Precision("bf16")).seen(model).copy_of("adv").state_dict()
+        assert all(torch.equal(inside[key], fresh[key]) for key in fresh)
 
 
 @pytest.mark.parametrize("branch", ["clean", "adv"])
@@ -246,35 +261,39 @@ def test_an_objective_asks_for_the_network_to_attack_once_per_attack():
 
 
 # ---------------------------------------------------------------------- over time
+def resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.is_file() else 0
+
+
 def tensors() -> int:
     """How many are alive."""
     gc.collect()
     return sum(issubclass(type(found), Tensor) for found in gc.get_objects())
 
 
-def test_memory_does_not_grow(tmp_path):
-    trainer = tiny_trainer(tmp_path, ACL(), max_steps=1, data=tiny_images(8), num_train_epochs=1, logging_steps=10**6)
-    trainer.train()
-    inputs = {"image": tiny_images(4).images}
+def test_memory_does_not_grow():
+    objective = SAT()
+    model = network_of(objective)
+    model.backbone = nn.Sequential(  # two layers: 520 steps of more would take their time
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    batch, training_attack = batch_of(objective, model, 2), TrainingAttack(Precision("bf16"))
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
 
     def steps(n: int) -> None:
-        for _ in range(n):
-            trainer.training_step(trainer.model, dict(inputs))
-            trainer.optimizer.step()
-            trainer.model.zero_grad()
-            trainer.state.global_step += 1
+        for k in range(n):
+            attack = training_attack.bind(PGD(steps=1), [model], torch.Generator().manual_seed(k))
+            terms = objective(model, batch, StepContext(attack, seen=training_attack.seen))
+            terms["adversarial"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     steps(20)
-    before_objects = tensors()
-    tracemalloc.start()
-    try:
-        steps(10)
-        gc.collect()
-        before, _ = tracemalloc.get_traced_memory()
-        steps(500)
-        gc.collect()
-        after, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert after - before < 50_000
-    assert tensors() <= before_objects + 2
+    assert training_attack.seen(model).folds("adv")
+    tensors_before, objects_before, resident = tensors(), len(gc.get_objects()), resident_bytes()
+    steps(500)
+    assert tensors() <= tensors_before
+    assert len(gc.get_objects()) <= objects_before + 100
+    assert resident_bytes() - resident < 30e6  # one copy of a step's activations per step would be more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -103,8 +104,11 @@ class FoldedNetwork:
     def embed(self, x: Tensor, branch: str) -> Tensor:
         """Head outputs `(N, P)` of images `(N, 3, H, W)` in [0, 1]."""
         copied = self.copy_of(branch)
-        # A CUDA graph would write its next output where it wrote this one.
-        return _in_parts(copied, x) if self._compile_options is None else copied(x).clone()
+        if self._compile_options is None:
+            return _in_parts(copied, x)
+        with warnings.catch_warnings():  # while tracing, torch looks whether the images have a gradient
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            return copied(x).clone()  # a CUDA graph would write its next output where it wrote this one
 
 
 def _in_parts(network: Any, x: Tensor) -> Tensor:

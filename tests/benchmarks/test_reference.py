@@ -56,10 +56,11 @@ def assert_same_state(ours, theirs, rtol=1e-9):
         torch.testing.assert_close(ours[name].double(), value.double(), rtol=rtol, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("objective", [ACL(), AIR()], ids=["acl", "air"])
+@pytest.mark.parametrize("objective", [ACL(), AIR(lambda1=0.3, lambda2=0.9)], ids=["acl", "air"])
 def test_pre_training_steps_are_equal(objective, monkeypatch):
     step, batch, drawn, model = both(objective, monkeypatch)
-    plain = reference.ContrastiveStep(rebuilt(objective, model), LR)
+    lambdas = {name: getattr(objective, name) for name in ("lambda1", "lambda2") if hasattr(objective, name)}
+    plain = reference.ContrastiveStep(rebuilt(objective, model), LR, **lambdas)
     for _ in range(2):  # the second one with momentum
         loss = step()
         views = reference.interleave(batch["view_1"], batch["view_2"])
