@@ -149,6 +149,11 @@ def test_a_training_compiled_to_machine_code_is_the_eager_one(tmp_path):
     assert_compiled_equals_eager(tmp_path, ACL(), "inductor", 2)
 
 
+def test_a_short_last_batch_gets_a_graph_of_its_own(tmp_path):
+    trainer = tiny_trainer(tmp_path, ACL(), torch_compile=True, torch_compile_backend="aot_eager")
+    assert trainer.accelerator.state.dynamo_plugin.to_kwargs()["dynamic"] is False
+
+
 def test_arguments_of_torch_compile(tmp_path):
     def options(**values: Any) -> Any:
         return RobustTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **values).compile_options

@@ -164,7 +164,7 @@ def test_in_half_precision_all_but_the_first_convolution_are_cast_once():
     assert dtypes[0] == torch.float32 and set(dtypes[1:]) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["acl", "autolora"])
+@pytest.mark.parametrize("name", ["acl", "lora"])
 def test_a_copy_that_an_attack_in_half_precision_asks_for_is_folded_in_full_precision(name):
     objective = load_objective(name)()
     model, attack = network_of(objective), TrainingAttack(Precision("bf16"))
