@@ -1,0 +1,86 @@
+"""Whole runs that publish: `--push_to_hub` of pre-training and of fine-tuning, with the card of the finished run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hub_server import TOKEN, HubServer, connect
+
+from hf_robust.evaluate_cli import parse_evaluate
+from hf_robust.runs import finetune, pretrain
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the client, to its own library
+TINY = "--dataset_name digits --max_examples 40 --per_device_train_batch_size 8 --save_strategy no --use_cpu true "
+TINY += "--report_to none --disable_tqdm true --eval_split"
+NETWORK = ["--backbone", "resnet10_cifar", "--model_args", '{"channels": [4, 8, 8, 8]}']
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """Pre-trained with a contrast and a coreset, pushed to robust/encoder."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as monkeypatch, HubServer() as hub:
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        connect(monkeypatch, hub, folder)
+        words = f"{TINY} --output_dir {folder} --max_steps 2 --contrast simclr --coreset random --coreset_fraction 0.5"
+        words += " --coreset_warmup_epochs 0 --steps 1"
+        words = words.replace("--eval_split", "--eval_split=") + " --push_to_hub true --hub_model_id robust/encoder"
+        pretrain.main([*words.split(), *NETWORK])
+        (folder / "hub.json").write_text(
+            json.dumps(
+                {
+                    "repositories": [name for _, name in hub.repositories],
+                    "titles": [commit.title for commit in hub.repository("robust/encoder").commits[1:]],
+                    "files": sorted(hub.repository("robust/encoder").contents()),
+                    "card": hub.repository("robust/encoder").contents()["README.md"].decode(),
+                }
+            )
+        )
+    return folder
+
+
+def test_pre_training_publishes_its_encoder_with_the_card_of_the_run(encoder):
+    told = json.loads((encoder / "hub.json").read_text())
+    assert told["repositories"] == ["robust/encoder"]  # not the contrast
+    assert told["titles"] == ["End of training, step 2", "Training finished: report, card and pictures"]
+    assert set(told["files"]) == {p.relative_to(encoder / "encoder").as_posix() for p in files(encoder / "encoder")}
+    assert {"curves.png", "coreset.json", "coreset.png", "report.json"} <= set(told["files"])
+    assert 'from_pretrained("robust/encoder"' in told["card"] and "](curves.png)" in told["card"]
+    assert [p for p in files(encoder) if TOKEN.encode() in p.read_bytes()] == []
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_fine_tuning_publishes_its_classifier_or_says_how(encoder, tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    words = f"--encoder {encoder / 'encoder'} --mode slf {TINY}= --output_dir {tmp_path / 'run'} --num_train_epochs 1"
+    words += " --validation_steps 1 --push_to_hub true --hub_model_id robust/classifier --hub_private_repo true"
+    with HubServer() as hub:
+        connect(monkeypatch, hub, tmp_path)
+        if fails:
+            hub.fail("POST /api/models/.*/commit/", 10_000)
+        finetune.main(words.split())
+        assert hub.repository("robust/classifier").private
+        published = set(hub.repository("robust/classifier").contents())
+    text = capsys.readouterr().out
+    target = tmp_path / "run" / "classifier"
+    assert published == (set() if fails else {p.relative_to(target).as_posix() for p in files(target)})
+    assert (f"hf-robust push {target} robust/classifier" in text) is fails
+
+
+def test_an_adapter_of_a_local_encoder_is_refused_before_anything_is_read(tmp_path):
+    words = f"--encoder {tmp_path} --mode lora --dataset_name digits --output_dir {tmp_path / 'run'} --report_to none"
+    with pytest.raises(ValueError, match="an adapter is published beside its encoder.*push the encoder first"):
+        finetune.main([*words.split(), "--push_to_hub", "true", "--hub_model_id", "robust/adapter"])
+
+
+def test_protocols_publish_nothing_and_store_no_token(capsys):
+    with pytest.raises(SystemExit):
+        parse_evaluate(["--model", "x", "--protocol", "slf", "--finetune_args", f"--hub_token {TOKEN}"])
+    text = capsys.readouterr().err
+    assert "--finetune_args publishes nothing" in text and TOKEN not in text
