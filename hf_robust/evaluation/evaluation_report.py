@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .environment import redact
-from .report import binomial_interval, describe_metric, write_text
+from .report import binomial_interval, write_text
+from .report_texts import metric_title
 
 __all__ = ["EvaluationReport"]
 
@@ -223,7 +224,7 @@ class EvaluationReport:
 
 
 def _title(name: str) -> str:
-    return {"accuracy": "Standard accuracy"}.get(name) or describe_metric(name)["title"]
+    return {"accuracy": "Standard accuracy"}.get(name) or metric_title(name)
 
 
 def _redacted(value: Any) -> Any:
