@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from hf_robust.flags import ShortErrors
 from hf_robust.hub_folders import check_repo_id
 
 __all__ = ["PushRun", "parse_push"]
+
+_SWITCHES = ("--private", "--create_revision", "--dry_run")
 
 
 @dataclass
@@ -54,7 +56,7 @@ def parse_push(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(description, prog)
-    values = vars(parser.parse_args([_underscored(word) for word in argv]))
+    values = vars(parser.parse_args(list(_spelled_out(argv))))
     try:
         check_repo_id(values["repo_id"])
     except ValueError as error:
@@ -96,7 +98,12 @@ def _truth(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _underscored(word: str) -> str:
-    """`--dry-run` as `--dry_run`; the other commands take both spellings, too."""
-    name, equals, value = word.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+def _spelled_out(argv: Sequence[str]) -> Iterator[str]:
+    """`--dry-run` as `--dry_run`, like the other commands; `--private DIR` as `--private true DIR`."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        yield word
+        if word in _SWITCHES and following.lower() not in ("true", "false", "") and not following.startswith("-"):
+            yield "true"

@@ -32,6 +32,7 @@ def test_flags_in_both_spellings():
     words = "runs/a user/a --private --revision v2 --create-revision --commit_message x-y --base-model u/e --dry-run"
     full = PushRun("runs/a", "user/a", True, "v2", True, "x-y", "u/e", True)
     assert parse_push(words.split()) == full
+    assert parse_push("--private runs/a user/a".split()) == PushRun("runs/a", "user/a", private=True)
     assert parse_push("--private false --dry_run true runs/a user/a".split()) == PushRun(
         "runs/a", "user/a", private=False, dry_run=True
     )
@@ -42,7 +43,7 @@ def test_flags_in_both_spellings():
     [
         ("runs/a", "the following arguments are required: REPO"),
         ("runs/a user/a/b", "'user/a/b' cannot name a repository of the Hub"),
-        ("runs/a user/a --private maybe", "write true or false, got 'maybe'"),
+        ("runs/a user/a --private=maybe", "write true or false, got 'maybe'"),
         ("runs/a user/a --public", "unrecognized arguments: --public"),
         (f"runs/a {TOKEN}", "looks like an access token"),
     ],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .environment import redact
-from .report import binomial_interval, write_text
+from .report import binomial_interval, describe_metric, write_text
 from .report_texts import metric_title
 
 __all__ = ["EvaluationReport"]
