@@ -118,6 +118,17 @@ def test_a_hub_that_fails_stops_no_training_and_is_told_once(hub, tmp_path, capl
     assert pushed.changed and titles(hub) == ["End of training"]
 
 
+def test_no_failure_of_any_kind_stops_a_training(hub, tmp_path, monkeypatch, caplog):
+    trainer = tiny_trainer(tmp_path / "run", ACL(), **PUSHING, max_steps=4)
+
+    def fail(*_):
+        raise KeyError("of a kind that nobody foresaw")
+
+    monkeypatch.setattr(trainer, "write_release", fail)
+    trainer.train()
+    assert trainer.state.global_step == 4 and "not pushed to the Hub: 'of a kind that nobody foresaw'" in caplog.text
+
+
 def test_what_failed_on_the_way_is_brought_at_the_end(hub, tmp_path):
     trainer = waiting(tiny_trainer(tmp_path / "run", ACL(), **{**PUSHING, "save_steps": 3}, num_train_epochs=1))
     hub.fail("POST /api/validate-yaml", 1)  # the only push on the way

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResultEntry, ModelCard
 from hf_robust.evaluation.evaluation_report import EvaluationReport
 from hf_robust.evaluation.report import EncoderReport
 from hf_robust.model_card import write_model_card
-from hf_robust.model_card_metadata import eval_result_files
+from hf_robust.model_card_metadata import eval_result_files, model_card_data
 
 PGD20, AUTO = "pgd20_linf_8_255_accuracy", "autoattack_linf_8_255_accuracy"
 CIFAR = {"name": "CIFAR-10", "hub_id": "uoft-cs/cifar10", "split": "train", "n_images": 50000}
@@ -144,3 +144,15 @@ def test_an_evaluation_brings_its_circumstances(tmp_path):
     limits = text.split("## Limits")[1]
     assert "AutoAttack was not measured" not in limits and "rotations and patches are another matter" in limits
     assert Path(tmp_path / ".eval_results" / "uoft-cs--cifar10.yaml").is_file()
+
+
+def test_only_pgd_is_described_by_the_settings_of_pgd():
+    attack = {"step_size": 2 / 255, "random_start": True, "loss": "cross-entropy", "iterate": "last"}
+    own = {**report()["results"][1], "metrics": {PGD20: 0.5, AUTO: 0.25, "standard_accuracy": 0.9}, "attack": attack}
+    own["autoattack"] = ["apgd-ce", "square"]
+    values = EncoderReport.from_dict(report(results=[{**own, "model": report()["name"]}]))
+    found = {result.metric_name.split(" ")[0]: result.metric_args for result in model_card_data(values).eval_results}
+    assert found["PGD-20"]["step_size"] == "2/255" and found["PGD-20"]["iterate"] == "last"
+    assert found["AutoAttack"]["attacks"] == ["apgd-ce", "square"]
+    assert not {*attack, "steps"} & (found["AutoAttack"].keys() | found["Standard"].keys())
+    assert "attacks" not in found["PGD-20"]

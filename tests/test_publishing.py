@@ -161,6 +161,13 @@ def test_an_adapter_needs_an_encoder_that_others_have(hub, stl, tmp_path):
     contents = hub.repository("robust/adapter").contents()
     assert pushed.kind == "adapter" and fingerprint(adapter) == before
     assert json.loads(contents["adapter_config.json"])["base_model_name_or_path"] == "robust/stl"
+    push_folder(stl, "robust/stl")
+    before = hub.repository("robust/stl").contents()
+    for base in ("robust/stl", "robust/other"):
+        expect("holds a network .* which this adapter would replace", adapter, "robust/stl", base_model=base)
+    expect("holds an adapter .* which this encoder would replace", stl, "robust/adapter")
+    assert hub.repository("robust/stl").contents() == before
+    assert hub.repository("robust/adapter").contents() == contents
     assert b"base_model: robust/stl" in contents["README.md"] and str(stl).encode() not in b"".join(contents.values())
 
 
@@ -264,6 +271,14 @@ def test_a_server_that_repeats_the_token_is_not_quoted(hub, stl):
     hub.faults.pop(0)
     shown = "".join(traceback.format_exception(expect("no tea for REDACTED", stl, "robust/e", token=odd)))
     assert odd not in shown and odd not in repr(vars(error))
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b"<html>"])
+@pytest.mark.parametrize(("name", "line"), [("encoder", "GET /api/whoami-v2"), ("robust/encoder", "GET /api/models/")])
+def test_an_answer_that_is_none_is_a_failure_that_passes(hub, stl, body, name, line):
+    hub.fail(line, 3, status=200, body=body)
+    assert expect("gave no readable answer: nothing was changed there", stl, name).passing
+    assert push_folder(stl, name).changed
 
 
 def test_files_that_the_hub_leaves_out_are_missed(hub, stl, monkeypatch):

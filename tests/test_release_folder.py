@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from released import OURS, trained_model
 
 from hf_robust.classifiers import save_classifier
@@ -101,6 +102,31 @@ def test_what_may_not_be_published_is_refused(run, case):
     spoil(run / "encoder")
     with pytest.raises(ValueError, match=message):
         find_release(run / "encoder")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "secret.png", "model.safetensors", "coreset.json"])
+def test_nothing_outside_the_folder_is_taken_along_by_a_link(run, tmp_path, name):
+    encoder, outside = run / "encoder", tmp_path / "outside"
+    inside = encoder / name
+    outside.write_bytes(inside.read_bytes() if inside.is_file() else b"a secret")
+    inside.unlink(missing_ok=True)
+    inside.symlink_to(outside)
+    with pytest.raises(ValueError, match=r"is a link to '.*outside', outside the folder.*put a copy there"):
+        find_release(encoder)
+    inside.unlink()
+    (encoder / "LICENSE.txt").write_text("of mine")
+    (encoder / "LICENSE").symlink_to("LICENSE.txt")
+    if name != "model.safetensors":
+        (tmp_path / "way").symlink_to(run)  # the folder itself may be reached by a link
+        assert {"LICENSE", "LICENSE.txt"} <= set(find_release(tmp_path / "way" / "encoder").files)
+
+
+@pytest.mark.parametrize("name", ["LICENSE.png", "coreset-1.json", "x.PT"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_under_another_name_is_refused(run, name, zipped):
+    torch.save({"a": torch.zeros(2)}, run / "encoder" / name, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="may run code when opened"):
+        find_release(run)
 
 
 def test_what_is_not_there(tmp_path):
