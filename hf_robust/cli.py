@@ -92,7 +92,11 @@ class PretrainRun:
 
 
 def parse_pretrain(
-    argv: Sequence[str] | None = None, *, default_config: str | Path | None = None, description: str | None = None
+    argv: Sequence[str] | None = None,
+    *,
+    default_config: str | Path | None = None,
+    description: str | None = None,
+    prog: str | None = None,
 ) -> PretrainRun:
     """Parse the flags of `examples/pretrain.py`.
 
@@ -100,12 +104,13 @@ def parse_pretrain(
         argv (`Sequence[str]`, *optional*): arguments; default: those of the process.
         default_config (`str` or `Path`, *optional*): YAML used when neither `--config` nor `--dataset_name` is given.
         description (`str`, *optional*): first lines of `--help`.
+        prog (`str`, *optional*): name of the command in messages; default: that of the script.
 
     Returns:
         [`PretrainRun`]: the run. Errors print one line to stderr and exit with status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = ShortErrors(add_help=False, allow_abbrev=False)
+    first = ShortErrors(prog=prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     first.add_argument("--objective")
     first.add_argument("--base")
@@ -134,7 +139,7 @@ def parse_pretrain(
         first.error(str(error))
     methods = [t for t in (objective_type, base_type) if t]
     parser = _parser(
-        [DataArguments, ModelArguments, *methods, PGD, RobustTrainingArguments], coreset_type, description
+        [DataArguments, ModelArguments, *methods, PGD, RobustTrainingArguments], coreset_type, description, prog
     )
     set_defaults(parser, values, config, never_null=_CORESET)
     namespace = vars(parser.parse_args(argv))
@@ -210,7 +215,9 @@ def _owner(key: str) -> str:
     return belongs_to(key, "objective", fields_of) or belongs_to(key, "coreset", coresets)
 
 
-def _parser(types: Sequence[type[Any]], coreset: type[CoresetMethod], description: str | None) -> FlagParser:
+def _parser(
+    types: Sequence[type[Any]], coreset: type[CoresetMethod], description: str | None, prog: str | None
+) -> FlagParser:
     titles = {DataArguments: "images", ModelArguments: "network", PGD: "attack during training"}
     titles[RobustTrainingArguments] = "training"
     groups = [(titles.get(t, f"method {t.__name__}"), as_flags(t, ["base"])) for t in types]
@@ -218,6 +225,7 @@ def _parser(types: Sequence[type[Any]], coreset: type[CoresetMethod], descriptio
     parser = FlagParser(
         groups,
         _owner,
+        prog=prog,
         description=description,
         usage="%(prog)s [--config FILE] [--objective METHOD] [--coreset METHOD] [--dataset_name NAME] [--FLAG VALUE]",
     )

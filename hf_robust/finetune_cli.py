@@ -110,7 +110,11 @@ def finetune_modes() -> list[str]:
 
 
 def parse_finetune(
-    argv: Sequence[str] | None = None, *, default_config: str | Path | None = None, description: str | None = None
+    argv: Sequence[str] | None = None,
+    *,
+    default_config: str | Path | None = None,
+    description: str | None = None,
+    prog: str | None = None,
 ) -> FinetuneRun:
     """Parse the flags of `examples/finetune.py`.
 
@@ -122,12 +126,13 @@ def parse_finetune(
         default_config (`str` or `Path`, *optional*): YAML used when none of `--config`, `--dataset_name` and
             `--preset` is given.
         description (`str`, *optional*): first lines of `--help`.
+        prog (`str`, *optional*): name of the command in messages; default: that of the script.
 
     Returns:
         [`FinetuneRun`]: the run. Errors print one line to stderr and exit with status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = ShortErrors(add_help=False, allow_abbrev=False)
+    first = ShortErrors(prog=prog, add_help=False, allow_abbrev=False)
     for flag in ("--config", "--mode", "--preset"):
         first.add_argument(flag)
     first.add_argument("--dataset_name", "--dataset-name")
@@ -145,7 +150,7 @@ def parse_finetune(
     except ValueError as error:
         first.error(str(error))
     values = {key: value for key, value in values.items() if key not in _fields_of(written) - _fields_of(mode)}
-    parser = _parser(mode, description)
+    parser = _parser(mode, description, prog)
     set_defaults(parser, _method_defaults(mode), f"the recipe of {mode}")
     set_defaults(parser, preset.flags if preset else {}, f"the preset {named}")
     set_defaults(parser, {key: value for key, value in values.items() if key != "mode"}, config)
@@ -205,7 +210,7 @@ def _method_defaults(mode: str) -> dict[str, Any]:
     return {**copy.deepcopy(dict(recipe)), **attack, **budgets}  # its lists go into the arguments of the run
 
 
-def _parser(mode: str, description: str | None) -> FlagParser:
+def _parser(mode: str, description: str | None, prog: str | None) -> FlagParser:
     groups = [
         ("images", FinetuneDataArguments),
         *((title, as_flags(kind, hidden)) for title, kind, hidden in _types(mode)),
@@ -215,6 +220,7 @@ def _parser(mode: str, description: str | None) -> FlagParser:
     parser = FlagParser(
         groups,
         _owner,
+        prog=prog,
         description=description,
         epilog=_modes_explained(),
         usage="%(prog)s --encoder DIR_OR_REPO [--mode MODE] [--config FILE] [--dataset_name NAME] [--FLAG VALUE]",

@@ -27,24 +27,52 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "models.norm",
         "image_decoding",
         "image_sources",
+        *("evaluation.leaderboard", "evaluation.autoattack_findings", "evaluation.autoattack_plan"),
+        *("evaluation.corruption_constants", "evaluation.corruption_filters"),
+        *("runs", "runs.console"),
     ),
-    ("data", "views", "models.backbones", "models.modeling", "models.encoder", "models.native", "models.folded"),
-    ("objectives.base", "models", "models.lora", "_lazy"),
+    (
+        *("data", "views"),
+        *("models.backbones", "models.modeling", "models.encoder", "models.native", "models.folded"),
+        *("evaluation.autoattack_model", "evaluation.autoattack_state"),
+        *("evaluation.corruption_images", "evaluation.corruption_arrays"),
+    ),
+    ("objectives.base", "models", "models.lora", "_lazy", "evaluation.pixel_classifier"),
     (
         "objectives.*",  # every method: adding one touches no list
         *("coresets.base", "coresets.*"),  # every way to choose, likewise
         *("evaluation.linear_probe", "evaluation.accuracy", "evaluation.probe", "evaluation.pictures"),
         *("evaluation.environment", "evaluation.report", "evaluation.coreset_pictures"),
         *("evaluation.picture_style", "evaluation.curves"),
+        *("evaluation.robustness_pictures", "evaluation.report_texts", "evaluation.html_page"),
+        *("evaluation.autoattack_cascade", "evaluation.corruption_generator"),
         *("hub_files", "hub_folders"),
     ),
-    ("objectives", "coresets", "evaluation", "training_args", "callbacks", "checkpoints", "model_card_texts", "hub"),
-    ("finetuning_args", "flags", "held_out", "adapters", "classifiers", "model_card"),
-    ("trainer",),
-    ("pretrainer", "finetuner"),
+    (
+        *(
+            "objectives",
+            "coresets",
+            "evaluation",
+            "training_args",
+            "callbacks",
+            "checkpoints",
+            "model_card_texts",
+            "hub",
+        ),
+        *("evaluation.autoattack", "evaluation.corruptions", "evaluation.judged_images", "evaluation.classifier"),
+        *("evaluation.evaluation_report", "evaluation.html_report"),
+    ),
+    (
+        *("finetuning_args", "flags", "held_out", "adapters", "classifiers", "model_card"),
+        *("evaluation.evaluation_parts", "evaluation.embedding", "evaluation.robustness_files"),
+    ),
+    ("trainer", "evaluation.evaluation_job"),
+    ("pretrainer", "finetuner", "evaluation.robustness"),
     ("postprocessing", "presets", "run_facts"),
-    ("cli", "finetune_cli"),
-    ("",),
+    ("cli", "finetune_cli", "evaluate_cli"),
+    ("", "runs.pretrain", "runs.finetune"),
+    ("runs.evaluate",),
+    ("commands",),
 )
 # Within a floor, only these: a method that builds on another, and the models' common architectures.
 SIBLINGS: dict[str, tuple[str, ...]] = {
@@ -59,6 +87,11 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "evaluation.probe": ("evaluation.accuracy", "evaluation.linear_probe", "evaluation.report"),
     "evaluation.curves": ("evaluation.picture_style", "evaluation.report"),
     "evaluation.pictures": ("evaluation.picture_style", "evaluation.report"),
+    "evaluation.robustness_pictures": ("evaluation.picture_style", "evaluation.report"),
+    "evaluation.report_texts": ("evaluation.report",),
+    "evaluation.html_page": ("evaluation.environment",),
+    "evaluation.autoattack_cascade": ("evaluation.accuracy",),
+    "evaluation.corruption_generator": ("evaluation.accuracy",),
 }
 # What any floor may read from the root: plain texts, no doors.
 ROOT_TEXTS = ("__file__", "__version__")
@@ -68,7 +101,7 @@ TRAVELLING = {
     "models.encoder": {"timm", "torch", "transformers", ".backbones"},
 }
 # Slow to import, or absent on a training machine: imported inside the function that needs them.
-LAZY = {"datasets", "matplotlib", "peft", "sklearn", "tensorboard", "trackio"}
+LAZY = {"datasets", "matplotlib", "peft", "pyautoattack", "sklearn", "tensorboard", "trackio"}
 MAX_LINES = 400
 NO_DRAWER = re.compile(r"(utils?|helpers?|misc|common)\.py")
 

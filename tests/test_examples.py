@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from hf_robust.attacks import frozen
 from hf_robust.coresets import Coreset
 from hf_robust.hub import encoder_features, load_encoder
+from hf_robust.runs import pretrain
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pretrain.py"
 TINY = ["--backbone", "resnet10_cifar", "--model_args", '{"channels": [8, 8, 8, 8], "stem_stride": 2}']
@@ -117,8 +118,8 @@ CORESET = ["--coreset_fraction", "0.6", "--coreset_interval", "1", "--coreset_va
 
 def test_a_run_on_coresets_leaves_them_and_its_measures(example, tmp_path, capsys, monkeypatch):
     folder, drawn = tmp_path / "out", []
-    original = example.plot_coresets
-    monkeypatch.setattr(example, "plot_coresets", lambda found, *rest: (drawn.append(found), original(found, *rest)))
+    original = pretrain.plot_coresets
+    monkeypatch.setattr(pretrain, "plot_coresets", lambda found, *rest: (drawn.append(found), original(found, *rest)))
     folder.mkdir()
     stale = Coreset([0, 1], "of an earlier run", "digits", 64, 64, 0.03, 0.03, 7.0, 9, 0.1)
     stale.save(folder / "coreset-0007.json")
@@ -206,7 +207,7 @@ def test_what_the_table_shows_is_refused_before_any_image_is_decoded(
     def decode(*_, **__):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(example, "load_image_dataset", decode)
+    monkeypatch.setattr(pretrain, "load_image_dataset", decode)
     Coreset([0, 1], "m", "digits", 64, 64, 0.03, 0.03, 7.0, 9, 0.1).save(tmp_path / "stored.json")
     base = [*TINY, "--report_to", "none", "--output_dir", str(tmp_path / "out"), "--num_train_epochs", "3"]
     base += ["--per_device_train_batch_size", "8", "--dataset_name", str(unlabelled), "--image_size", "8"]

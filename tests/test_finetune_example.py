@@ -18,6 +18,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_robust.hub import load_encoder, save_encoder
 from hf_robust.objectives.acl import ACL
+from hf_robust.runs import finetune
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune.py"
 COLOURS = ("red", "green", "blue")
@@ -140,7 +141,7 @@ def test_a_broken_test_image_costs_the_measurement_not_the_classifier(example, e
 def test_a_run_that_died_in_its_first_stage_goes_on(example, encoders, images, tmp_path, monkeypatch):
     given = ["--encoder", str(encoders / "exported"), "--dataset_name", str(images), "--mode", "aff", *QUICK]
     given += ["--head_init", "alf", "--output_dir", str(tmp_path / "out")]
-    train = example.RobustFinetuner.train
+    train = finetune.RobustFinetuner.train
 
     def stop(self, *args, **kwargs):
         if Path(self.args.output_dir).name != "alf":
@@ -148,7 +149,7 @@ def test_a_run_that_died_in_its_first_stage_goes_on(example, encoders, images, t
         return train(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(example.RobustFinetuner, "train", stop)
+        patch.setattr(finetune.RobustFinetuner, "train", stop)
         with pytest.raises(KeyboardInterrupt):
             example.main(given)
     example.main([*given, "--resume_from_checkpoint", "true"])

@@ -19,6 +19,11 @@ __all__ = ["EncoderReport", "attack_metric_name", "binomial_interval", "describe
 REPORT_FILE = "report.json"
 EXPORTED_FORMATS = ("timm_wrapper", "hf_robust_timm", "peft")
 TASKS = ("encoder", "classifier")
+_CASCADES = {  # only the whole one may be called AutoAttack
+    "autoattack": "AutoAttack",
+    "autoattackfast": "AutoAttack's two APGD attacks,",
+    "autoattacksmoke": "AutoAttack cut short,",
+}
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 _ATTACK_METRIC = re.compile(r"(?P<attack>[a-z0-9]+)_(?P<norm>linf|l2|l1)_(?P<eps>\d+_255|[0-9.e-]+)_accuracy")
 
@@ -76,9 +81,7 @@ def describe_metric(name: str) -> dict[str, str]:
         words = name.replace("_", " ")
         return {"title": words[:1].upper() + words[1:]}
     eps = match["eps"].replace("_", "/")
-    attack = {"autoattack": "AutoAttack"}.get(match["attack"]) or re.sub(
-        r"(?<=\D)(?=\d)", "-", match["attack"]
-    ).upper()
+    attack = _CASCADES.get(match["attack"]) or re.sub(r"(?<=\D)(?=\d)", "-", match["attack"]).upper()
     title = f"{attack} accuracy ({_NORMS[match['norm']]}, eps {eps})"
     return {"title": title, "attack": match["attack"], "norm": match["norm"], "eps": eps}
 
