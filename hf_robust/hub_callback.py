@@ -198,7 +198,7 @@ class HubCallback(TrainerCallback):
         try:
             # one try on the way, since the next save is another one
             self.trainer.push_to_hub(message, blocking, attempts=3 if blocking else 1)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - nothing that happens here may stop a training
             self.trainer._background.warn(error)
 
 

@@ -32,6 +32,9 @@ Result = TypeVar("Result")
 
 _PASSING = (408, 412, 429, 500, 502, 503, 504)  # of HTTP: worth another try
 
+# What the client raises where an answer is JSON, but of another kind: a proxy between here and the Hub, say.
+_UNREADABLE = (LookupError, TypeError, AttributeError)
+
 
 class PushError(OSError):
     """A push that did not happen, in one sentence; `passing` says whether another try may succeed."""
@@ -141,7 +144,7 @@ class Connection:
             return PushError(f"the Hub at {where} did not take {repo} ({status}, {what}): {again}", passing=True)
         if status:
             return PushError(f"the Hub refused {repo} ({status}: {self._first_line(error)}): correct this, push again")
-        if isinstance(error, json.JSONDecodeError):
+        if isinstance(error, (json.JSONDecodeError, *_UNREADABLE)):
             return PushError(f"the Hub at {where} gave no readable answer: {again}", passing=True)
         if isinstance(error, ValueError):
             return PushError(f"{repo} cannot be pushed ({self._first_line(error)}): correct this, push again")
@@ -176,7 +179,7 @@ def _of_the_network(error: Exception) -> bool:
     """Whether the Hub or the way to it failed, rather than this program."""
     # The client's HTTP library changed its name between versions, so its errors are known by theirs.
     names = {cls.__name__ for cls in type(error).__mro__}
-    return isinstance(error, HfHubHTTPError | OSError | ValueError) or bool(
+    return isinstance(error, (HfHubHTTPError, OSError, ValueError, *_UNREADABLE)) or bool(
         names & {"TransportError", "RequestError", "RuntimeError"}  # RuntimeError: of hf_xet
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
-from .evaluation.report import EncoderReport, describe_metric, write_text
+from .evaluation.report import EncoderReport, describe_metric, format_eps, write_text
 
 __all__ = [
     "dataset_of",
@@ -163,9 +163,13 @@ def _figures(report: EncoderReport) -> Iterator[tuple[dict[str, Any], str, float
 def _eval_result(report: EncoderReport, result: dict[str, Any], key: str, value: float) -> EvalResult:
     dataset, words, protocol = dataset_of(result, report), describe_metric(key), result.get("protocol")
     arguments: dict[str, Any] = {name: words[name] for name in ("attack", "norm", "eps") if name in words}
-    if "attack" in words:
+    if str(words.get("attack", "")).startswith("pgd"):  # how PGD was run; other attacks choose their own steps
         extra = (result.get("attack") or {}).items()
         arguments |= {name: v for name, v in extra if name not in ("norm", "eps") and v is not None}
+        if isinstance(arguments.get("step_size"), float):
+            arguments["step_size"] = format_eps(arguments["step_size"])
+    if words.get("attack") == "autoattack" and result.get("autoattack"):
+        arguments["attacks"] = list(result["autoattack"])
     facts = {"n_train": result.get("n_train"), "n_eval": images_of(result, key), "seed": result.get("seed")}
     arguments |= {name: fact for name, fact in facts.items() if fact is not None}
     return EvalResult(

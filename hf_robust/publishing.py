@@ -26,7 +26,7 @@ __all__ = ["Pushed", "prepare_repository", "push_folder"]
 logger = logging.getLogger(__name__)
 
 _MAIN = "main"
-_REPORT, _ADAPTER = "report.json", "adapter_config.json"
+_REPORT, _CONFIG, _ADAPTER = "report.json", "config.json", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def prepare_repository(
         raise not_logged_in()
     api, branch = connection.api, connection.revision
     if "/" not in connection.repo_id:
-        owner = connection.ask(api.whoami)["name"]
+        owner = connection.ask(lambda: api.whoami()["name"])
         connection = dataclasses.replace(connection, repo_id=f"{owner}/{connection.repo_id}")
     of_it: dict[str, Any] = {"repo_id": connection.repo_id, "repo_type": repo_type}
     try:
@@ -186,12 +186,23 @@ def prepare_repository(
     return connection
 
 
+def _check_kind(repo_id: str, release: Release, there: set[str]) -> None:
+    """An adapter in the place of a network, its own encoder even, or the other way round, is a slip of the name."""
+    other, what = (_CONFIG, "a network") if release.kind == "adapter" else (_ADAPTER, "an adapter")
+    if release.repo_type == "model" and other in there:
+        raise PushError(
+            f"the repository {repo_id!r} holds {what} ({other}), which this {release.kind} would replace: push it to "
+            "a repository of its own, or delete that file on the Hub first"
+        )
+
+
 def _commit(connection: Connection, release: Release, files: dict[str, Path], message: str) -> Pushed:
     api = connection.api
     of_it: dict[str, Any] = {"repo_id": connection.repo_id, "repo_type": release.repo_type}
     here: dict[str, Any] = {**of_it, "revision": connection.revision or _MAIN}
     before: Any = connection.ask(lambda: api.repo_info(**here))
     there = {file.rfilename for file in before.siblings or ()}
+    _check_kind(connection.repo_id, release, there)
     stale = sorted(name for name in there - set(files) if is_replaced(name)) if release.kind != "coreset" else []
 
     def commit() -> Any:

@@ -31,6 +31,7 @@ _OURS = (
 _MORE = (CARD, "LICENSE*", "CITATION*", "*.png", "*.svg", "*.bib", "natural_lora/README.md", ".eval_results/*.yaml")
 _CORESET = (CARD, "LICENSE*", "coreset*.json", "coreset*.png")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+_PICKLED = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # first bytes, by protocol
 _OF_TRAINING = ("training_args.bin", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
 _TEXTS = (".md", ".json", ".py", ".yaml", ".html", ".svg", ".bib")
 
@@ -91,6 +92,8 @@ def find_release(folder: str | Path) -> Release:
     kind = _kind(part)
     _refuse_pickles(part)
     release = _collect(part, kind, (*_OURS, *_MORE))
+    _refuse_links(part, release.files)
+    _refuse_disguises(release.files)
     _check_network(part, kind)
     _check_card(part)
     _refuse_tokens(release.files.values())
@@ -153,12 +156,35 @@ def _refuse_checkpoint(folder: Path) -> None:
 
 
 def _refuse_pickles(folder: Path) -> None:
-    found = sorted(_name(p, folder) for p in _visible(folder) if p.suffix in _PICKLES)
+    found = sorted(_name(p, folder) for p in _visible(folder) if p.suffix.lower() in _PICKLES)
     if found:
         raise ValueError(
             f"{str(folder)!r} holds {', '.join(found[:3])}, and only safetensors are published, since other formats "
             "may run code when opened: move such files out of the folder"
         )
+
+
+def _refuse_disguises(files: dict[str, Path]) -> None:
+    """Pickles and zipped ones under another name; weights in safetensors are read and checked elsewhere."""
+    for name, path in files.items():
+        with open(path, "rb") as file:
+            head = file.read(4)
+        if path.suffix != ".safetensors" and (head == b"PK\x03\x04" or head[:2] in _PICKLED):
+            raise ValueError(
+                f"{str(path)!r} holds pickled objects or an archive under the name {name}, which may run code when "
+                "opened: move it out of the folder"
+            )
+
+
+def _refuse_links(folder: Path, files: dict[str, Path]) -> None:
+    """What lies elsewhere was not meant to be published by whoever names this folder."""
+    home = folder.resolve()
+    for path in files.values():
+        if not path.resolve().is_relative_to(home):
+            raise ValueError(
+                f"{str(path)!r} is a link to {str(path.resolve())!r}, outside the folder, and only what lies in it is "
+                "published: put a copy there (cp -rL copies a whole folder with what its links point to)"
+            )
 
 
 def _visible(folder: Path) -> Iterable[Path]:
@@ -241,5 +267,7 @@ def _coresets(folder: Path, chosen: list[Path], *, alone: bool = False) -> Relea
         _refuse_pickles(folder)
     found = _collect(folder, "coreset", _CORESET).files
     files = {name: path for name, path in found.items() if path in chosen or not (alone or name.endswith(".json"))}
+    _refuse_links(folder, files)
+    _refuse_disguises(files)
     _refuse_tokens(files.values())
     return Release(folder, "coreset", files)

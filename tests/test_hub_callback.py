@@ -12,9 +12,9 @@ import torch
 from finetuning import tiny_finetuner
 from hub_server import READ_TOKEN, TOKEN, HubServer, connect
 from safetensors.torch import load_file
-from training import tiny_rcs, tiny_trainer
+from training import tiny_trainer
 
-from hf_robust import build_classifier, load_encoder, save_encoder, with_adapter
+from hf_robust import RandomCoreset, build_classifier, load_encoder, save_encoder, with_adapter
 from hf_robust.hub_failures import PushError
 from hf_robust.objectives.acl import ACL
 from hf_robust.objectives.autolora import AutoLoRa
@@ -25,6 +25,7 @@ from hf_robust.runs.push import push_result
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the client, to its own library
 PUSHING = {"push_to_hub": True, "hub_model_id": "robust/run", "save_strategy": "steps", "save_steps": 4}
+SHORT = {"num_train_epochs": 1}  # 6 steps
 
 
 @pytest.fixture
@@ -66,14 +67,15 @@ def waiting(trainer):
 
 
 def test_an_encoder_is_pushed_at_saves_and_at_the_end_and_trains_the_same(hub, tmp_path, caplog):
-    plain = tiny_trainer(tmp_path / "plain", DynACL(period=0.25, ema_decay=0.9))
+    plain = tiny_trainer(tmp_path / "plain", DynACL(period=0.25, ema_decay=0.9), **SHORT)
     plain.train()
     method = DynACL(period=0.25, ema_decay=0.9)
-    trainer = waiting(tiny_trainer(tmp_path / "run", method, hub_private_repo=True, **PUSHING))
+    often = {**PUSHING, **SHORT, "save_steps": 2, "hub_private_repo": True}
+    trainer = waiting(tiny_trainer(tmp_path / "run", method, **often))
     assert hub.repository("robust/run").private and titles(hub) == []  # made before training
     with caplog.at_level(logging.DEBUG):
         trainer.train()
-    assert titles(hub) == [*(f"Training in progress, step {n}" for n in (4, 8)), "End of training, step 12"]
+    assert titles(hub) == [*(f"Training in progress, step {n}" for n in (2, 4)), "End of training, step 6"]
     assert_same(weights(plain.model), weights(trainer.model))
     contents = hub.repository("robust/run").contents()
     assert {"model.safetensors", "config.json", "README.md", "report.json"} <= set(contents)
@@ -82,7 +84,7 @@ def test_an_encoder_is_pushed_at_saves_and_at_the_end_and_trains_the_same(hub, t
     card, report = contents["README.md"].decode(), json.loads(contents["report.json"])
     assert 'from_pretrained("robust/run"' in card and "finished" not in report["training"]
     on_the_way = hub.repository("robust/run").commits[1].files
-    assert "no, 4 of 12 steps" in on_the_way["README.md"][0].decode()
+    assert "no, 2 of 6 steps" in on_the_way["README.md"][0].decode()
     assert on_the_way["model.safetensors"][0] != contents["model.safetensors"]
     names = {name for commit in hub.repository("robust/run").commits for name in commit.files}
     assert not any(name.endswith((".bin", ".pt")) or "checkpoint" in name for name in names)
@@ -91,12 +93,12 @@ def test_an_encoder_is_pushed_at_saves_and_at_the_end_and_trains_the_same(hub, t
 
 def test_no_file_and_no_log_holds_the_token(hub, tmp_path, monkeypatch, caplog, capfd):
     connect(monkeypatch, hub, tmp_path, token=None)
-    arguments = {**PUSHING, "hub_token": TOKEN, "report_to": "tensorboard"}
+    arguments = {**PUSHING, **SHORT, "hub_token": TOKEN, "report_to": "tensorboard"}
     with caplog.at_level(logging.DEBUG):
         trainer = tiny_trainer(tmp_path / "run", ACL(), **arguments)
         trainer.train()
         trainer.save_state()
-    assert titles(hub)[-1] == "End of training, step 12"
+    assert titles(hub)[-1] == "End of training, step 6"
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any(path.name == "training_args.bin" for path in files) and any("events.out" in p.name for p in files)
     assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
@@ -137,23 +139,23 @@ def test_what_failed_on_the_way_is_brought_at_the_end(hub, tmp_path):
 
 
 def test_a_resumed_run_goes_on_pushing(hub, tmp_path):
-    whole = tiny_trainer(tmp_path / "whole", ACL())
+    whole, often = tiny_trainer(tmp_path / "whole", ACL(), **SHORT), {**PUSHING, **SHORT, "save_steps": 2}
     whole.train()
-    stopped = tiny_trainer(tmp_path / "run", ACL(), **PUSHING, hub_strategy="end")
+    stopped = tiny_trainer(tmp_path / "run", ACL(), **often, hub_strategy="end")
     after_step = stopped.after_step
 
-    def stop_at_six():
+    def stop_at_four():
         after_step()
-        if stopped.state.global_step == 5:
+        if stopped.state.global_step == 3:
             raise KeyboardInterrupt
 
-    stopped.after_step = stop_at_six
+    stopped.after_step = stop_at_four
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
     assert titles(hub) == []
-    resumed = waiting(tiny_trainer(tmp_path / "run", ACL(), **PUSHING))
+    resumed = waiting(tiny_trainer(tmp_path / "run", ACL(), **often))
     resumed.train(resume_from_checkpoint=True)
-    assert titles(hub) == ["Training in progress, step 8", "End of training, step 12"]
+    assert titles(hub) == ["Training in progress, step 4", "End of training, step 6"]
     assert_same(weights(whole.model), weights(resumed.model))
 
 
@@ -196,7 +198,7 @@ def test_only_the_first_process_pushes(hub, tmp_path, monkeypatch):
 
 
 def test_by_hand_beside_the_training_and_without_a_name(hub, tmp_path):
-    trainer = tiny_trainer(tmp_path / "run", ACL(), coreset=tiny_rcs(), num_train_epochs=4)
+    trainer = tiny_trainer(tmp_path / "run", ACL(), coreset=RandomCoreset(fraction=0.5, warmup_epochs=0), **SHORT)
     with pytest.raises(ValueError, match=r"write push_to_hub\(repo_id='user/name'\)"):
         trainer.push_to_hub()
     trainer.train()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hf_robust.runs import finetune, pretrain
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of the client, to its own library
 TINY = "--dataset_name digits --max_examples 40 --per_device_train_batch_size 8 --save_strategy no --use_cpu true "
 TINY += "--report_to none --disable_tqdm true --eval_split"
+ROOT = str(Path(__file__).parent.parent)
 NETWORK = ["--backbone", "resnet10_cifar", "--model_args", '{"channels": [4, 8, 8, 8]}']
 
 
@@ -53,6 +57,35 @@ def test_pre_training_publishes_its_encoder_with_the_card_of_the_run(encoder):
 
 def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow  # two programs of their own
+def test_of_two_processes_the_first_one_publishes(tmp_path):
+    words = f"{TINY}= --output_dir run --max_steps 2 --save_strategy steps --save_steps 1 --hub_always_push true"
+    words += " --steps 1 --push_to_hub true --hub_model_id robust/two"
+    program = "import sys; from hf_robust.runs import pretrain; pretrain.main(sys.argv[1:])"
+    with HubServer() as hub, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        children = []
+        for rank in "01":
+            cluster = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            home = hub.environment(
+                tmp_path, MASTER_PORT=port, PYTHONPATH=ROOT, HF_HOME=f"{tmp_path}/{rank}", **cluster
+            )
+            command = [sys.executable, "-W", "ignore", "-c", program, *words.split(), *NETWORK]
+            with open(tmp_path / f"{rank}.txt", "w") as told:
+                children.append(subprocess.Popen(command, env=home, cwd=tmp_path, stdout=told, stderr=told))
+        codes = [child.wait(timeout=200) for child in children]
+        first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in "01")
+        assert codes == [0, 0], first + second
+        on_the_way, end, finished = hub.repository("robust/two").commits[1:]
+        report = json.loads(finished.files["report.json"][0])
+        assert "step 1" in on_the_way.title and "End of training" in end.title and "finished" in finished.title
+        assert report["training"]["processes"] == 2
+        assert len(hub.seen("POST .*/repos/create")) == 1 and len(hub.seen("POST .*/commit/")) == 3
+    assert "Published: " in first and "Published: " not in second and TOKEN not in first + second
 
 
 @pytest.mark.parametrize("fails", [False, True])

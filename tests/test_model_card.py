@@ -45,7 +45,7 @@ def test_the_metadata_reads_back(tmp_path: Path) -> None:
     assert attacked.metric_name == "PGD-20 accuracy (L-inf, eps 8/255), linear probe"
     assert attacked.metric_value == 0.1 * 7 and attacked.metric_type == "accuracy"
     assert (attacked.dataset_name, attacked.dataset_split) == ("digits", "test")
-    expected = {"attack": "pgd20", "norm": "linf", "eps": "8/255", "step_size": 2 / 255, "steps": 20}
+    expected = {"attack": "pgd20", "norm": "linf", "eps": "8/255", "step_size": "2/255", "steps": 20}
     assert attacked.metric_args == {**expected, "n_train": 1437, "n_eval": 360, "seed": 0}
 
 

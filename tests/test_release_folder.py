@@ -126,7 +126,7 @@ def test_nothing_outside_the_folder_is_taken_along_by_a_link(run, tmp_path, name
 def test_a_pickle_under_another_name_is_refused(run, name, zipped):
     torch.save({"a": torch.zeros(2)}, run / "encoder" / name, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match="may run code when opened"):
-        find_release(run)
+        find_release(run / "encoder")
 
 
 def test_what_is_not_there(tmp_path):
