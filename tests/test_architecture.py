@@ -76,7 +76,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer", "evaluation.evaluation_job"),
     ("pretrainer", "finetuner", "evaluation.robustness"),
     ("postprocessing", "presets", "push_cli"),
-    ("cli", "finetune_cli", "evaluate_cli", "convert_cli", "demo_cli", "runs.push"),
+    ("cli", "finetune_cli", "evaluate_cli", "card_cli", "convert_cli", "demo_cli", "runs.push"),
     ("", "runs.pretrain", "runs.finetune", "runs.convert", "runs.card", "demo.space"),
     ("runs.evaluate", "runs.demo"),
     ("commands",),

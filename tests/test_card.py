@@ -78,7 +78,6 @@ def test_mistakes_end_in_one_message_and_change_nothing(folder, tmp_path):
         (str(tmp_path / "none"),): "no report.json in .*pass the folder of an encoder",
         (str(folder.parent),): f"no report.json in .*pass '{folder}'",
         (str(evaluation),): "report of an evaluation: pass the folder of the model",
-        (str(folder), "--check", "--license", "mit"): "--check changes nothing, got --license",
     }
     for arguments, message in cases.items():
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
@@ -99,6 +98,12 @@ def test_what_cannot_be_published_is_refused_before_anything_is_written(folder):
         run_or_exit(main, [str(folder), "--license", "mit"])
     assert (folder / "README.md").read_bytes() == card
     assert json.loads((folder / "report.json").read_text())["license"] is None
+
+
+def test_checking_and_changing_at_once_is_refused(folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([str(folder), "--check", "--license", "mit"])
+    assert stop.value.code == 2 and "--check changes nothing, got --license" in capsys.readouterr().err
 
 
 def test_without_a_folder_there_is_nothing_to_do(capsys):

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_robust.card_cli import parse_card
 from hf_robust.evaluation.report import REPORT_FILE, EncoderReport
-from hf_robust.flags import ShortErrors
 from hf_robust.model_card import CARD_FILE, model_card_text, write_model_card
 from hf_robust.model_card_metadata import EVAL_FOLDER, eval_result_files
 from hf_robust.runs.console import tell
@@ -73,11 +73,9 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, descript
         prog (`str`, *optional*): name of the command in messages.
         description (`str`, *optional*): first lines of `--help`.
     """
-    options = _parser(prog, description).parse_args(argv)
+    options = parse_card(argv, prog=prog, description=description)
     changes: dict[str, Any] = {key: getattr(options, key) for key in ("license", "hub_id")}
     changes = {key: value for key, value in changes.items() if value is not None}
-    if options.check and changes:
-        raise ValueError(f"--check changes nothing, got --{next(iter(changes))} beside it: leave one of them out")
     stale = []
     for folder in options.folders:
         report = read_report(folder)
@@ -94,17 +92,6 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, descript
         tell(f"{folder}: {CARD_FILE} written from {REPORT_FILE}")
     if stale:
         sys.exit(f"error: {', '.join(stale)}: run the command without --check")
-
-
-def _parser(prog: str | None, description: str | None) -> ShortErrors:
-    parser = ShortErrors(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("folders", nargs="+", metavar="DIR", help="Folder of an encoder, classifier or adapter.")
-    parser.add_argument(
-        "--check", action="store_true", help="Change nothing; exit with status 1 when a card is stale."
-    )
-    parser.add_argument("--license", help="Licence identifier of the weights, such as apache-2.0; kept in the report.")
-    parser.add_argument("--hub_id", "--hub-id", help="Repository that the loading example names; kept in the report.")
-    return parser
 
 
 if __name__ == "__main__":
