@@ -219,6 +219,8 @@ def _build(values: dict[str, Any]) -> EvaluateRun:
     for flag in _GIVEN_BY_US:
         if flag in extra:
             raise ValueError(f"--finetune_args must leave --{flag} out: it follows from the flags of this command")
+    if extra & {"push_to_hub", "hub_token"}:
+        raise ValueError("--finetune_args publishes nothing: push the classifiers afterwards with hf-robust push")
     if run.protocol.finetune_args and not run.protocol.protocol:
         raise ValueError("--finetune_args is for --protocol, which is not given: name the modes of fine-tuning")
     if settings.n_examples is not None and settings.n_examples < 1:

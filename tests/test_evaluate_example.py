@@ -110,6 +110,7 @@ def test_an_encoder_is_fine_tuned_by_each_protocol_and_evaluated(example, model,
     assert re.search(r"\n +SLF +ALF\naccuracy .*%.*%\npgd2_linf_8_255_accuracy", text), text
     rows = {row["protocol"]: row for row in EncoderReport.load(encoder).results}
     assert set(rows) == {"fine-tuned by SLF", "fine-tuned by ALF"}
+    assert all(row["pictures"] and (encoder / name).is_file() for row in rows.values() for name in row["pictures"])
     weights = {path: path.stat().st_mtime_ns for path in folder.rglob("classifier/model.safetensors")}
     monkeypatch.setattr(evaluate.finetune, "main", lambda *_, **__: pytest.fail("trained again"))
     example.main(command)

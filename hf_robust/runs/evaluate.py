@@ -24,7 +24,7 @@ from hf_robust.evaluation.report import EncoderReport, write_text
 from hf_robust.evaluation.robustness import check_needs, evaluate_robustness
 from hf_robust.finetune_cli import parse_finetune
 from hf_robust.hub_folders import is_path
-from hf_robust.model_card import write_model_card
+from hf_robust.model_card import copy_evaluation_pictures, write_model_card
 from hf_robust.run_facts import dataset_title
 from hf_robust.runs import finetune
 from hf_robust.runs.console import tell
@@ -113,7 +113,9 @@ def _metrics_in(folder: Path) -> list[str]:
         return []
 
 
-def update_card(model: str | Path, report: EvaluationReport, protocol: str = "evaluation") -> bool:
+def update_card(
+    model: str | Path, report: EvaluationReport, protocol: str = "evaluation", pictures: Path | None = None
+) -> bool:
     """Put the figures into `report.json` and the model card beside the weights.
 
     Args:
@@ -121,6 +123,7 @@ def update_card(model: str | Path, report: EvaluationReport, protocol: str = "ev
         report ([`EvaluationReport`]): the figures; an earlier evaluation on as many images keeps those that are not
             among them.
         protocol (`str`): as in [`EvaluationReport.to_result`].
+        pictures (`Path`, *optional*): folder of the evaluation, whose pictures the card then shows, too.
 
     Returns:
         `bool`: `False` where there is no card of ours to update.
@@ -138,11 +141,13 @@ def update_card(model: str | Path, report: EvaluationReport, protocol: str = "ev
         return False
     card = EncoderReport.load(inner)
     result = report.to_result(card.name, protocol)
+    result = copy_evaluation_pictures(result, pictures, inner) if pictures is not None else result
     same = ("protocol", "dataset", "n_eval", "seed")
     others = [row for row in card.results if any(row.get(key) != result[key] for key in same)]
     for row in card.results:
         if row not in others:
-            result["metrics"] = {**row.get("metrics", {}), **result["metrics"]}
+            for key in ("metrics", "intervals"):
+                result[key] = {**row.get(key, {}), **result.get(key, {})}
     card = dataclasses.replace(card, results=[*others, result])
     card.save(inner)
     write_model_card(card, inner)
@@ -205,10 +210,11 @@ def evaluate_protocols(run: EvaluateRun, folder: Path) -> dict[str, EvaluationRe
     reports = {}
     for mode in run.protocol.protocol or ():
         target = fine_tuned(run, mode, folder / mode)
-        reports[mode.upper()] = evaluate(run, str(target), folder / mode / "evaluation")
+        pictures = folder / mode / "evaluation"
+        reports[mode.upper()] = evaluate(run, str(target), pictures)
         if run.settings.update_card and world()[0] == 0:
-            update_card(target, reports[mode.upper()])
-            update_card(run.model, reports[mode.upper()], f"fine-tuned by {mode.upper()}")
+            update_card(target, reports[mode.upper()], pictures=pictures)
+            update_card(run.model, reports[mode.upper()], f"fine-tuned by {mode.upper()}", pictures)
     names = list(dict.fromkeys(name for report in reports.values() for name in report.metrics))
     width = max(len(name) for name in names) + 2
     say("\n" + " " * width + "".join(f"{mode:>12}" for mode in reports))
@@ -237,7 +243,8 @@ def main(argv: list[str] | None = None, **parsing: Any) -> None:
         reports = list(evaluate_protocols(run, folder).values())
     else:
         reports = [evaluate(run, run.model, folder)]
-        if run.settings.update_card and world()[0] == 0 and not update_card(run.model, reports[0]):
+        wanted = run.settings.update_card and world()[0] == 0
+        if wanted and not update_card(run.model, reports[0], pictures=folder):
             say("No model card was updated: the model has no report.json of hf_robust beside its weights.")
     if run.settings.strict and any(report.warnings for report in reports):
         sys.exit(WARNED)
