@@ -522,7 +522,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=8377)
     port = parser.parse_args().port
-    with HubServer(port=port) as hub:
+    with HubServer(user="user", port=port) as hub:
         sys.stdout.write(
             f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={TOKEN} HF_HOME=$(mktemp -d) "
             "HF_HUB_DISABLE_XET=1 HF_HUB_OFFLINE=0\n"
