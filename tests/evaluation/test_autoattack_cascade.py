@@ -84,3 +84,9 @@ def test_other_norms(norm: str, inside: float) -> None:
     for eps, robust in ((inside, [False, True]), (inside / 10, [True, True])):
         found = autoattack(Ladder(), images, labels, norm=norm, eps=eps, preset="smoke", progress=False)
         assert found.robust.tolist() == robust
+
+
+def test_the_bar_ends_full_when_an_attack_takes_more_passes_than_planned():
+    with CascadeBar(True) as bar:
+        bar.work(5)
+        assert str(bar._bar).startswith("AutoAttack: 100%")
