@@ -61,6 +61,7 @@ class RobustFinetuner(RobustTrainer):
     """
 
     args: RobustFinetuningArguments
+    releases_encoder: bool = False
 
     def __init__(
         self,
@@ -320,6 +321,24 @@ class RobustFinetuner(RobustTrainer):
         self.stop_if_not_finite()
         model = self.classifier_model
         return save_encoder(model, directory, branch=model.default_branch, **kwargs)
+
+    def save_release(self, directory: Path) -> Path:
+        """Write what fine-tuning publishes: the classifier, the adapter, or (`releases_encoder`) the encoder.
+
+        With `args.keep="best"` the best weights so far are written, whatever the model holds at the moment.
+        """
+        module = self.accelerator.unwrap_model(self.model)
+        held = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        try:
+            if self.args.keep == "best" and self._best:
+                module.load_state_dict(self._best)
+            if self.releases_encoder:
+                return self.save_encoder(directory)
+            if isinstance(module, AdapterModel) and self.adapter_base is not None:
+                return self.save_adapter(directory, self.adapter_base)
+            return self.save_classifier(directory)
+        finally:
+            module.load_state_dict(held)
 
 
 def _logits(module: Any, branch: str, images: Tensor) -> Tensor:

@@ -128,3 +128,7 @@ class RobustPretrainer(RobustTrainer):
         """
         self.stop_if_not_finite()
         return save_encoder(self.encoder_model, directory, branch=self.encoder_branch, **kwargs)
+
+    def save_release(self, directory: Path) -> Path:
+        """Write the encoder, which is what pre-training publishes."""
+        return self.save_encoder(directory)

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import set_seed
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, rotate_checkpoints
 from transformers.trainer_utils import TrainOutput
 
@@ -24,6 +24,7 @@ from hf_robust.coresets import CoresetMethod, FullData
 from hf_robust.coresets.phases import CoresetPhases, seeded_generator
 from hf_robust.coresets.sampler import CoresetSampler
 from hf_robust.data import ImageDataset, collate_images
+from hf_robust.hub_callback import HubTrainer
 from hf_robust.loss_record import LossRecord, finite, logged_seconds
 from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 _TEACHER_FILE = "teacher.safetensors"
 
 
-class RobustTrainer(Trainer):
+class RobustTrainer(HubTrainer):
     """Trainer for methods that are objectives: named loss terms, one attack, exact resume.
 
     Every random number of a step (views, attack starts) comes from a generator seeded by (seed, step, micro-step,
@@ -378,6 +379,3 @@ class RobustTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: the stock estimate counts tokens and would put an invented number into the log."""
         return 0
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the card is written from a report, see `model_card.write_model_card`."""

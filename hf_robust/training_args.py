@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from hf_robust.hub_folders import check_repo_id
 
 __all__ = ["WITHOUT_EFFECT", "RobustTrainingArguments"]
 
@@ -31,11 +34,10 @@ WITHOUT_EFFECT = {
     "optim_args": "choose with --optimizer (lars, sgd, adamw)",
     "optim_target_modules": "every tensor is optimised",
     "train_sampling_strategy": "images are shuffled by CoresetSampler",
-    "push_to_hub": "the stock push would upload the training model; upload the encoder folder instead",
 }
 
 
-@dataclass
+@dataclass(repr=False)  # the stock one hides the access token
 class RobustTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the published recipe of adversarial contrastive learning.
 
@@ -129,6 +131,8 @@ class RobustTrainingArguments(TrainingArguments):
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore
         self._refuse_what_has_no_effect()
         super().__post_init__()
+        if self.push_to_hub:
+            self._check_hub()
         for name in ("learning_rate", "momentum", "warmup_epochs", "min_learning_rate", "probe_every", "weight_decay"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value >= 0:
@@ -161,6 +165,22 @@ class RobustTrainingArguments(TrainingArguments):
         `--torch_compile true` compiles both; `--torch_compile_mode reduce-overhead` captures CUDA graphs as well.
         """
         return {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode} if self.torch_compile else None
+
+    def _check_hub(self) -> None:
+        """Find out now, not after hours, that nothing could be pushed."""
+        if not self.hub_model_id:
+            raise ValueError("push_to_hub needs the name of the repository: add --hub_model_id user/name")
+        check_repo_id(self.hub_model_id)
+        strategy = HubStrategy(self.hub_strategy)
+        if strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
+            raise ValueError(
+                f"hub_strategy must be every_save or end, got {strategy.value!r}: checkpoints hold "
+                "optimiser states and pickles, which are never published"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the access token: checkpoints pickle their arguments."""
+        return {**self.__dict__, "hub_token": None}
 
     def _refuse_what_has_no_effect(self) -> None:
         """Stock settings that this trainer does not read, or that the attack would bypass: an error, not silence."""

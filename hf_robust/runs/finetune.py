@@ -26,6 +26,7 @@ from hf_robust.finetune_cli import FinetuneRun, parse_finetune
 from hf_robust.finetuner import RobustFinetuner
 from hf_robust.finetuning_args import falls
 from hf_robust.held_out import split_validation
+from hf_robust.hub_folders import is_path
 from hf_robust.image_sources import MissingSplitError, find_image_column, open_split
 from hf_robust.model_card import write_model_card
 from hf_robust.objectives.alf import ALF
@@ -34,6 +35,7 @@ from hf_robust.objectives.lora import LoRA
 from hf_robust.postprocessing import post_process, train_head, where_to_resume
 from hf_robust.run_facts import dataset_title, training_facts
 from hf_robust.runs.console import tell
+from hf_robust.runs.push import push_result
 from hf_robust.views import Views
 
 __all__ = ["main"]
@@ -266,6 +268,11 @@ def write_report(
 # ---------------------------------------------------------------------- the two ways through
 def finetune(run: FinetuneRun, environment: dict[str, Any]) -> None:
     """Train a classifier, then measure, draw and export it."""
+    if run.training.push_to_hub and isinstance(run.objective, LoRA) and is_path(run.encoder):
+        raise ValueError(
+            f"an adapter is published beside its encoder, and {run.encoder!r} is a folder that nobody else has: push "
+            "the encoder first (hf-robust push) and give its repository as --encoder"
+        )
     folder = Path(str(run.training.output_dir))
     start = build_classifier(run.encoder, 2, image_size=run.data.image_size)  # an unfit encoder is found now
     image_size, measured = start.config.image_size, check_test_split(run)
@@ -273,6 +280,7 @@ def finetune(run: FinetuneRun, environment: dict[str, Any]) -> None:
     train, held_out = split_validation(images, run.training.validation_fraction, run.training.seed)
     model = build_model(run, train)
     trainer = RobustFinetuner(model, run.training, run.objective, run.attack, train, held_out)
+    trainer.adapter_base = run.encoder if isinstance(run.objective, LoRA) else None
     say(run, start_line(run, train, held_out, image_size))
     if run.preset is not None:
         say(run, " ".join(filter(None, [f"Preset {run.preset.name} ({run.preset.source}).", run.preset.note])))
@@ -294,6 +302,7 @@ def finetune(run: FinetuneRun, environment: dict[str, Any]) -> None:
     if trainer.kept_epoch:
         tell(f"Kept: epoch {trainer.kept_epoch}, the best by PGD on {len(held_out or ())} held-out training images.")
     tell(f"Output folder: {folder}  ({target.name}/, model card README.md, report.json, {', '.join(PICTURES)})")
+    push_result(run.training, target)
 
 
 def export(run: FinetuneRun, trainer: RobustFinetuner, folder: Path) -> Path:
@@ -337,6 +346,7 @@ def improve_encoder(run: FinetuneRun, environment: dict[str, Any]) -> None:
         table = {("after" if key == name else key): r.to_dict() for key, r in reversed(rows.items())}
         print_table(table, len(test or ()), f"Linear probe on {images.name}")
     tell(f"Output folder: {folder}  (encoder/, model card README.md, report.json, curves.png)")
+    push_result(run.training, target)
 
 
 def probe(network: Any, images: ImageDataset, test: ImageDataset, run: FinetuneRun) -> ProbeResult:

@@ -35,6 +35,7 @@ from hf_robust.objectives.base import check_fit
 from hf_robust.pretrainer import RobustPretrainer
 from hf_robust.run_facts import dataset_title, training_facts
 from hf_robust.runs.console import tell
+from hf_robust.runs.push import push_result
 from hf_robust.views import Views
 
 __all__ = ["main"]
@@ -150,7 +151,7 @@ def train_contrast(
     """Train the non-robust encoder with the same data, network and budget; on all images, whatever the coreset."""
     folder = Path(str(run.training.output_dir), f"contrast_{run.model.contrast}")
     training = copy.copy(run.training)  # the main run keeps its own folder
-    training.output_dir = str(folder)
+    training.output_dir, training.push_to_hub = str(folder), False
     run = dataclasses.replace(run, training=training, coreset=FullData())
     trainer = build_trainer(run, load_objective(run.model.contrast)(), image_size, train, evaluation)
     going_on = run.training.resume_from_checkpoint and latest_complete(folder) is not None
@@ -359,3 +360,4 @@ def main(argv: list[str] | None = None, **parsing: Any) -> None:
         trainers[other.objective.title] = other
     if trainer.is_world_process_zero():
         finish(run, trainers, train, evaluation, environment)
+        push_result(run.training, folder / "encoder")
