@@ -28,7 +28,7 @@ from hf_robust.coresets.phases import seeded_generator
 from hf_robust.data import ImageDataset
 from hf_robust.objectives.acl import ACL
 
-NAMES = ("rcs",)
+NAMES = ("rcs", "rcs_reference")
 BATCH, CANDIDATES, PICKS = 16, 6, 3
 # What the released code computes, but for its validation images.
 PUBLISHED = RCS(variant="released", distance="kl_minmax")
@@ -90,6 +90,7 @@ def comparisons(options: argparse.Namespace) -> dict[str, list[Case]]:
 
     def library(dtype: str, method: RCS) -> Action:
         task = selection_task(options, dtype)
+        task.model.to(memory_format=torch.channels_last)  # as the other measurements train
 
         def run() -> None:
             with frozen(task.model), torch.no_grad():

@@ -26,6 +26,7 @@ _COLUMNS = (
     ("peak_ratio", "memory", "{:.2f}"),
     ("identical_to_pil", "as PIL", "{:.2%}"),
     ("overlap", "overlap", "{:.0%}"),
+    ("efficiency", "efficiency", "{:.0%}"),
     ("synchronises", "waits", "{}"),
     ("others_share", "others", "{:.0%}"),
     ("disturbed", "disturbed", "{}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from typing import Any
@@ -170,7 +171,9 @@ def library_step(
     rows = len(batch["label"]) if mode in ("compiled", "graphs") or options.device == "cuda" else 4
     rows = min(rows, len(batch["label"]))
     size = network(options)[2]
-    images = ImageDataset.from_tensors(torch.zeros(rows, 3, size, size, dtype=torch.uint8), torch.arange(rows) % 2)
+    everywhere = rows * int(os.environ.get("WORLD_SIZE", 1))
+    levels = torch.zeros(everywhere, 3, size, size, dtype=torch.uint8)
+    images = ImageDataset.from_tensors(levels, torch.arange(everywhere) % 2)
     live = {name: x.double() if dtype == "fp64" and x.is_floating_point() else x for name, x in batch.items()}
     views: Any = FixedViews(live, size)
     attack = attack or objective.training_attack

@@ -24,6 +24,7 @@ from hf_robust.data import ImageDataset
 from hf_robust.evaluation.accuracy import Accuracy, measure_accuracy
 from hf_robust.finetuning_args import RobustFinetuningArguments
 from hf_robust.hub import save_encoder
+from hf_robust.memory_model import check_training_memory
 from hf_robust.models.norm import NormBranches
 from hf_robust.objectives import Objective, StepContext
 from hf_robust.optim import step_decay
@@ -62,6 +63,7 @@ class RobustFinetuner(RobustTrainer):
 
     args: RobustFinetuningArguments
     releases_encoder: bool = False
+    shardable = False
 
     def __init__(
         self,
@@ -105,9 +107,9 @@ class RobustFinetuner(RobustTrainer):
         self._measure_on_request()
         return super().compute_loss(*args, **kwargs)
 
-    def step_context(self, generator: torch.Generator) -> StepContext:
+    def step_context(self, generator: torch.Generator, index: Tensor | None = None) -> StepContext:
         """Add the accuracy that the method asked for."""
-        return replace(super().step_context(generator), standard_accuracy=self._standard_accuracy)
+        return replace(super().step_context(generator, index), standard_accuracy=self._standard_accuracy)
 
     def _measure_on_request(self) -> None:
         """At the beginning of an epoch and at equal distances within; once per step, also after a resume there."""
@@ -217,6 +219,7 @@ class RobustFinetuner(RobustTrainer):
     # ------------------------------------------------------------------ the whole run
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume, and leave the weights that `args.keep` asks for in the model."""
+        check_training_memory(self)
         self._restart()
         output = super().train(*args, **kwargs)
         if self.args.keep == "best" and self._best:

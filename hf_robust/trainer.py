@@ -30,6 +30,7 @@ from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
 from hf_robust.objectives.base import check_fit
 from hf_robust.optim import make_optimizer, paper_schedule
+from hf_robust.sharding import ShardedTraining
 from hf_robust.training_args import RobustTrainingArguments
 from hf_robust.training_attack import TrainingAttack
 
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 _TEACHER_FILE = "teacher.safetensors"
 
 
-class RobustTrainer(HubTrainer):
+class RobustTrainer(HubTrainer, ShardedTraining):
     """Trainer for methods that are objectives: named loss terms, one attack, exact resume.
 
     Every random number of a step (views, attack starts) comes from a generator seeded by (seed, step, micro-step,
@@ -82,6 +83,9 @@ class RobustTrainer(HubTrainer):
         **kwargs: Any,
     ) -> None:
         check_fit(objective, model, train_dataset)
+        self.check_sharding(args)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         if args.world_size > 1:
             # Otherwise the last batch repeats images on some rank: false negatives of a contrastive loss.
             args.dataloader_drop_last = True
@@ -149,14 +153,14 @@ class RobustTrainer(HubTrainer):
         self._strength = self.objective.strength(self.progress)
         with torch.no_grad():
             batch = self.prepare_batch(inputs, generator)
-        terms = self.objective(model, batch, self.step_context(generator))
+        terms = self.objective(model, batch, self.step_context(generator, inputs.get("index")))
         loss = torch.stack(list(terms.values())).sum()
         self._record.add(terms, loss)
         return (loss, terms) if return_outputs else loss
 
-    def step_context(self, generator: torch.Generator) -> StepContext:
-        """What the objective gets beside model and batch."""
-        attack = self.training_attack.bind(self.attack, self._networks(), generator)
+    def step_context(self, generator: torch.Generator, index: Tensor | None = None) -> StepContext:
+        """What the objective gets beside model and batch; `index`: positions of the images in the data set."""
+        attack = self.training_attack.bind(self.attack, self._networks(), generator, index)
         autocast, seen = self.accelerator.autocast, self.training_attack.seen
         return StepContext(attack, self.progress, self.teacher, autocast, seen=seen)
 
@@ -215,7 +219,7 @@ class RobustTrainer(HubTrainer):
 
     def _select_coreset(self, round: int) -> None:
         self._strength = self.objective.strength(self.progress)
-        module = self.accelerator.unwrap_model(self.model)
+        module = self.gather_network(self.args.device)
         task = self.phases.task(
             round,
             model=module,
@@ -255,6 +259,7 @@ class RobustTrainer(HubTrainer):
     def close_round(self, rounds: float) -> bool:
         """Close a round, the last one maybe unfinished; tell whether it is a time for a checkpoint per epoch."""
         before, now, keep = self.phases.close(rounds)
+        self.gather_network()  # by all processes, for whatever the first one does with it alone
         self.end_epoch(before, now)
         return keep or self.state.global_step >= self.state.max_steps
 
@@ -303,6 +308,7 @@ class RobustTrainer(HubTrainer):
         resume_from_checkpoint = checkpoints.to_resume(str(self.args.output_dir), resume_from_checkpoint)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._record, self._micro_step = LossRecord(self.args.device), (-1, 0)
+        self.training_attack.restart(self.attack, len(self.train_dataset))
         self.phases.restart(None if resume_from_checkpoint or not self.args.should_save else self.args.output_dir)
         if resume_from_checkpoint:
             checkpoints.check_run(resume_from_checkpoint, self.describe_run())
@@ -363,12 +369,14 @@ class RobustTrainer(HubTrainer):
     def save_beside(self, checkpoint: Path) -> None:
         """Add to a checkpoint what a resume needs beyond weights, optimiser and schedule."""
         self.phases.save(checkpoint)
+        self.training_attack.save(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.teacher is not None:
             load_model(self.teacher, os.path.join(resume_from_checkpoint, _TEACHER_FILE))
         self.phases.load(resume_from_checkpoint)
+        self.training_attack.load(Path(resume_from_checkpoint))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: a self-supervised loss on held-out images says nothing about robustness."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_robust.attack_replay import PerturbationMemory
 from hf_robust.attacks import PGD, LossFn, frozen
 from hf_robust.models.folded import FoldedNetwork
 from hf_robust.objectives.base import unwrapped
@@ -44,9 +46,52 @@ class TrainingAttack:
         self._accelerator, self._eval_mode = accelerator, eval_mode
         self._copies_allowed, self._compile_options = fold_norms and eval_mode, compile_options
         self._copies: dict[nn.Module, FoldedNetwork | None] = {}
+        self._memory: PerturbationMemory | None = None
+
+    def restart(self, attack: PGD, images: int) -> None:
+        """Forget what a training remembered, before the next one.
+
+        Args:
+            attack ([`PGD`]): of the training that begins.
+            images (`int`): size of its data set.
+
+        Raises:
+            ValueError: for an attack with `replay` or `min_gain` on several processes.
+        """
+        processes = self._accelerator.num_processes
+        if processes > 1 and (attack.replay or attack.min_gain):
+            name = "attack_replay" if attack.replay else "attack_min_gain"
+            why = "an image moves from process to process" if attack.replay else "all would have to stop together"
+            raise ValueError(
+                f"{name} works on one process, got {processes}: {why}; leave it out and take a shorter schedule, such "
+                "as --attack_schedule decay3"
+            )
+        self._memory = PerturbationMemory(attack, images) if attack.replay else None
+
+    def save(self, folder: Path) -> None:
+        """Write into a checkpoint what a resumed training would otherwise have forgotten.
+
+        Args:
+            folder (`Path`): of the checkpoint.
+        """
+        if self._memory is not None:
+            self._memory.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Remember what a checkpoint holds; see `PerturbationMemory.load`.
+
+        Args:
+            folder (`Path`): of the checkpoint.
+        """
+        if self._memory is not None:
+            self._memory.load(folder, self._accelerator.device)
 
     def bind(
-        self, attack: PGD, networks: Sequence[nn.Module], generator: torch.Generator
+        self,
+        attack: PGD,
+        networks: Sequence[nn.Module],
+        generator: torch.Generator,
+        index: Tensor | None = None,
     ) -> Callable[[LossFn, Tensor], Tensor]:
         """Make the attack of one step ready to use.
 
@@ -54,10 +99,13 @@ class TrainingAttack:
             attack ([`PGD`]): the attack.
             networks (`Sequence[nn.Module]`): are held still meanwhile.
             generator (`torch.Generator`): of the random starts.
+            index (`torch.Tensor` of shape `(N,)`, *optional*): int64, positions of the images in the data set: an
+                attack with `replay` starts where its last one on these images ended.
 
         Returns:
             `Callable[[LossFn, Tensor], Tensor]`: loss function and images to adversarial images.
         """
+        memory = self._memory if attack.replay else None
         # In half precision the gradient of a mean over a large batch underflows; the attack ignores its scale.
         scale = 1024.0 if self._accelerator.mixed_precision == "fp16" else 1.0
 
@@ -68,7 +116,11 @@ class TrainingAttack:
                     return value if scale == 1.0 else value * scale
 
             with frozen(nn.ModuleList(networks), eval_mode=self._eval_mode):
-                return attack(loss, x, generator=generator)
+                if memory is None or index is None:
+                    return attack(loss, x, generator=generator)
+                x_adv = attack(loss, x, memory.start(x, index, generator), generator=generator)
+                memory.keep(x_adv - x, index)
+                return x_adv
 
         return bound
 

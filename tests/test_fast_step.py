@@ -15,6 +15,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from training import tiny_images, tiny_model, tiny_trainer
 
+from hf_robust.attacks import frozen
+from hf_robust.data import load_image_dataset
+from hf_robust.evaluation.probe import probe_encoder
 from hf_robust.objectives import Objective, load_objective
 from hf_robust.objectives.acl import ACL
 from hf_robust.objectives.base import StepContext
@@ -99,6 +102,27 @@ def test_gradients_on_a_given_adversarial_batch_in_bf16(name):
     plain, half = (gradients(objective, model, batch_of(objective, 999), half) for half in (False, True))
     assert torch.cosine_similarity(plain, half, dim=0) >= 0.99
     assert 0.98 <= half.norm() / plain.norm() <= 1.02
+
+
+def probed(folder: Path, bf16: bool) -> tuple[float, float]:
+    """Accuracy of a linear probe on digits after a short training, on clean and on attacked images (eps = 1/255)."""
+    objective, data = ACL(), load_image_dataset("digits", "train", image_size=16, max_examples=192)
+    model = tiny_model(objective, model_args={"channels": [16, 16, 32, 32], "stem_stride": 2}, image_size=16)
+    values: dict[str, Any] = {"num_train_epochs": 4, "per_device_train_batch_size": 32, "learning_rate": 1.0}
+    tiny_trainer(folder, objective, model=model, data=data, bf16=bf16, logging_steps=10**6, **values).train()
+    judged = load_image_dataset("digits", "test", image_size=16)
+    with frozen(model):
+        found = probe_encoder(
+            lambda x: model.features(x, "adv"), data, judged, size=16, eps=1 / 255, step_size=0.5 / 255, steps=4
+        )
+    return found.standard_accuracy, found.pgd20_accuracy
+
+
+def test_a_short_training_in_bf16_ends_as_one_in_fp32(tmp_path):
+    """Two seeds of the random starts differ by more than these bounds."""
+    plain, half = probed(tmp_path / "fp32", False), probed(tmp_path / "bf16", True)
+    assert plain[0] > 0.4  # chance is 0.1
+    assert half == pytest.approx(plain, abs=0.06)
 
 
 # ---------------------------------------------------------------------- torch.compile

@@ -131,7 +131,6 @@ def test_no_advice_for_settings_that_transformers_does_not_have():
         ({"warmup_steps": 100}, "write --warmup_epochs"),
         ({"eval_strategy": "epoch"}, "measured by --probe_every"),
         ({"save_only_model": True}, "cannot be resumed exactly"),
-        ({"gradient_checkpointing": True}, "lower the batch instead"),
     ],
 )
 def test_stock_settings_without_effect_are_refused(values, advice):
