@@ -48,6 +48,7 @@ _PUBLIC = {
     "load_objective": "objectives",
     "load_preset": "presets",
     "post_process": "postprocessing",
+    "push_folder": "publishing",
     "save_adapter": "adapters",
     "save_classifier": "classifiers",
     "save_encoder": "hub",

@@ -15,6 +15,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("pretrain", "Pre-train a robust encoder on any images, with or without labels."),
     "finetune": ("finetune", "Fine-tune an encoder into a robust classifier; held-out training images decide."),
     "evaluate": ("evaluate", "Measure a classifier, or an encoder by protocols: PGD, AutoAttack, corruptions."),
+    "push": ("push", "Publish an encoder, classifier, adapter or coreset on the Hub, with its card."),
+    "convert": ("convert", "Convert a published checkpoint (RobustSSL, robustness, RobustBench) to a folder."),
+    "card": ("card", "Write model cards anew from their reports, or check them."),
+    "demo": ("demo", "Attack an image in the browser: robust and plain model side by side."),
 }
 _PRETRAIN_WANTS = ("--config", "--dataset_name", "--dataset-name", "-h", "--help")
 

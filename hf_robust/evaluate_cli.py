@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_robust.evaluation.robustness import METRICS, plan_metrics
+from hf_robust.evaluation.robustness import METRICS, check_settings, plan_metrics
 from hf_robust.flags import FlagParser, ShortErrors, read_yaml, set_defaults, take
 
 __all__ = [
@@ -194,16 +194,35 @@ def _build(values: dict[str, Any]) -> EvaluateRun:
         settings=take(EvaluateArguments, values),
         protocol=take(ProtocolArguments, values),
     )
-    plan_metrics(run.settings.metrics, run.settings.norm)
+    settings = run.settings
+    plan = plan_metrics(settings.metrics, settings.norm)
+    check_settings(
+        settings.eps,
+        settings.norm,
+        settings.preset,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        curve_examples=settings.curve_examples,
+    )
+    if settings.corruptions and "corruptions" not in plan:
+        raise ValueError("--corruptions names the images of the metric corruptions: add it to --metrics")
     for name in run.protocol.protocol or ():
         if name not in PROTOCOLS:
             raise ValueError(f"unknown protocol {name!r}: known are {', '.join(PROTOCOLS)}")
-    extra = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in shlex.split(run.protocol.finetune_args)}
+    try:
+        words = shlex.split(run.protocol.finetune_args)
+    except ValueError as error:
+        raise ValueError(
+            f"cannot read --finetune_args {run.protocol.finetune_args!r}: {error}; check the quotes"
+        ) from None
+    extra = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words}
     for flag in _GIVEN_BY_US:
         if flag in extra:
             raise ValueError(f"--finetune_args must leave --{flag} out: it follows from the flags of this command")
+    if extra & {"push_to_hub", "hub_token"}:
+        raise ValueError("--finetune_args publishes nothing: push the classifiers afterwards with hf-robust push")
     if run.protocol.finetune_args and not run.protocol.protocol:
         raise ValueError("--finetune_args is for --protocol, which is not given: name the modes of fine-tuning")
-    if run.settings.n_examples is not None and run.settings.n_examples < 1:
-        raise ValueError(f"n_examples must be 1 or more, got {run.settings.n_examples}: leave it out for all images")
+    if settings.n_examples is not None and settings.n_examples < 1:
+        raise ValueError(f"n_examples must be 1 or more, got {settings.n_examples}: leave it out for all images")
     return run

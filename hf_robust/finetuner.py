@@ -24,6 +24,7 @@ from hf_robust.data import ImageDataset
 from hf_robust.evaluation.accuracy import Accuracy, measure_accuracy
 from hf_robust.finetuning_args import RobustFinetuningArguments
 from hf_robust.hub import save_encoder
+from hf_robust.memory_model import check_training_memory
 from hf_robust.models.norm import NormBranches
 from hf_robust.objectives import Objective, StepContext
 from hf_robust.optim import step_decay
@@ -61,6 +62,8 @@ class RobustFinetuner(RobustTrainer):
     """
 
     args: RobustFinetuningArguments
+    releases_encoder: bool = False
+    shardable = False
 
     def __init__(
         self,
@@ -104,20 +107,20 @@ class RobustFinetuner(RobustTrainer):
         self._measure_on_request()
         return super().compute_loss(*args, **kwargs)
 
-    def step_context(self, generator: torch.Generator) -> StepContext:
+    def step_context(self, generator: torch.Generator, index: Tensor | None = None) -> StepContext:
         """Add the accuracy that the method asked for."""
-        return dataclasses.replace(super().step_context(generator), standard_accuracy=self._standard_accuracy)
+        return dataclasses.replace(super().step_context(generator, index), standard_accuracy=self._standard_accuracy)
 
     def _measure_on_request(self) -> None:
         """At the beginning of an epoch and at equal distances within; once per step, also after a resume there."""
         request, step = self.objective.accuracy_request, self.state.global_step
         if request is None or self._measured_at == step:
             return
-        self.stop_if_not_finite()
         position, parts = step % self._steps_per_round, max(1, request.per_epoch - 1)
         between = request.per_epoch > 1 and position % max(1, self._steps_per_round // parts) == 0
         if position and not between:
             return
+        self.stop_if_not_finite()  # reads a value from the device: not in every step
         held_out = cast(ImageDataset, self.validation_dataset)  # checked before training
         dataset = held_out if request.split == "validation" else self.train_dataset
         view = "original" if request.split == "validation" else self.objective.views[0]
@@ -211,6 +214,7 @@ class RobustFinetuner(RobustTrainer):
     # ------------------------------------------------------------------ the whole run
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume, and leave the weights that `args.keep` asks for in the model."""
+        check_training_memory(self)
         self._restart()
         output = super().train(*args, **kwargs)
         if self.args.keep == "best" and self._best:
@@ -315,6 +319,24 @@ class RobustFinetuner(RobustTrainer):
         self.stop_if_not_finite()
         model = self.classifier_model
         return save_encoder(model, directory, branch=model.default_branch, **kwargs)
+
+    def save_release(self, directory: Path) -> Path:
+        """Write what fine-tuning publishes: the classifier, the adapter, or (`releases_encoder`) the encoder.
+
+        With `args.keep="best"` the best weights so far are written, whatever the model holds at the moment.
+        """
+        module = self.accelerator.unwrap_model(self.model)
+        held = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        try:
+            if self.args.keep == "best" and self._best:
+                module.load_state_dict(self._best)
+            if self.releases_encoder:
+                return self.save_encoder(directory)
+            if isinstance(module, AdapterModel) and self.adapter_base is not None:
+                return self.save_adapter(directory, self.adapter_base)
+            return self.save_classifier(directory)
+        finally:
+            module.load_state_dict(held)
 
 
 def _logits(module: Any, branch: str, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ __all__ = ["RobustFinetuningArguments", "falls"]
 _NO_PROBE = "held-out images are measured after every epoch"
 
 
-@dataclass
+@dataclass(repr=False)  # the stock one hides the access token
 class RobustFinetuningArguments(RobustTrainingArguments):
     """[`RobustTrainingArguments`] for classifiers: the published schedules, and a choice of the epoch that is honest.
 

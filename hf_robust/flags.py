@@ -55,6 +55,10 @@ class ImageArguments:
     on_error: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "Corrupt images: raise (naming the row) or skip (and count)."}
     )
+    check_images: bool = field(
+        default=True,
+        metadata={"help": "Look at every image first; false, for millions that do not fit memory: when it is needed."},
+    )
 
 
 class ShortErrors(argparse.ArgumentParser):
@@ -93,6 +97,8 @@ class FlagParser(ShortErrors, HfArgumentParser):
             if action.dest in ("eps", "step_size"):
                 action.type = pixel_budget  # argparse's float would refuse 8/255
                 action.default = show_budget(action.default)
+            if action.dest == "attack_step_sizes":
+                action.type = pixel_budget
             if action.dest == "start_std":
                 action.type = _number_or_none
 
@@ -153,7 +159,7 @@ def method_defaults(method: type[Objective], recipe: Mapping[str, Any] | None = 
     Returns:
         `dict[str, Any]`: for `set_defaults`.
     """
-    attack = dataclasses.asdict(method.training_attack)
+    attack = method.training_attack.to_dict()
     budgets = {name: show_budget(attack[name]) for name in ("eps", "step_size")}
     settings = dict(method.recipe if recipe is None else recipe)
     return {**copy.deepcopy(settings), **attack, **budgets}  # its lists go into the arguments of the run

@@ -16,7 +16,17 @@ import safetensors
 import safetensors.torch
 import torch
 
-__all__ = ["check_weights", "find_folder", "is_path", "neither_folder_nor_repository", "read_config", "read_weights"]
+from hf_robust.evaluation.environment import holds_secret
+
+__all__ = [
+    "check_repo_id",
+    "check_weights",
+    "find_folder",
+    "is_path",
+    "neither_folder_nor_repository",
+    "read_config",
+    "read_weights",
+]
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -39,6 +49,26 @@ def is_path(source: str | Path) -> bool:
         and os.sep in text
         or text.count("/") > 1
     )
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse a name that cannot be a repository's.
+
+    Args:
+        repo_id (`str`): `"user/name"`, or `"name"` for one of one's own.
+
+    Raises:
+        ValueError: with the rule.
+    """
+    rule = "write 'user/name' with letters, digits, '-', '_' and '.', at most 96 characters"
+    if not isinstance(repo_id, str) or not repo_id:
+        raise ValueError(f"a repository needs a name, got {repo_id!r}: {rule}")
+    if holds_secret(repo_id):
+        raise ValueError(f"the name of the repository looks like an access token: {rule}")
+    try:
+        huggingface_hub.utils.validate_repo_id(repo_id)
+    except ValueError as error:
+        raise ValueError(f"{repo_id!r} cannot name a repository of the Hub ({error}): {rule}") from None
 
 
 def find_folder(source: str | Path, patterns: Sequence[str]) -> Path:

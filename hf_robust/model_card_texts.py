@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .evaluation.report import EncoderReport, format_eps
+from .evaluation.report import EncoderReport, describe_metric, format_eps
 
 __all__ = ["budget_text", "cell", "introduction", "limits", "norm_name", "origin", "usage"]
 
 _IMPORT = "import hf_robust  # registers the architecture"
+_IMAGE = ["from PIL import Image"]
+_OPEN = 'image = Image.open("photo.png").convert("RGB")'
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 _PGD_LIMIT = {
     "encoder": (
@@ -125,16 +127,20 @@ def _loading_code(report: EncoderReport, *, first: str = "", arguments: str = ""
     load_processor = f'processor = AutoImageProcessor.from_pretrained("{where}"{processor})'
     if report.task == "encoder":
         lines = [
+            *_IMAGE,
             "from transformers import AutoImageProcessor, AutoModel",
             "",
+            _OPEN,
             load_processor,
             f'encoder = AutoModel.from_pretrained("{where}"{arguments}).eval()',
             'features = encoder(**processor(image, return_tensors="pt")).pooler_output  # (N, D)',
         ]
     else:
         lines = [
+            *_IMAGE,
             "from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline",
             "",
+            _OPEN,
             load_processor,
             f'classifier = AutoModelForImageClassification.from_pretrained("{where}"{arguments}).eval()',
             'logits = classifier(**processor(image, return_tensors="pt")).logits  # (N, classes)',
@@ -153,8 +159,10 @@ def _adapter(report: EncoderReport) -> str:
     lines = [
         *([] if report.encoder.get("exported_format") == "timm_wrapper" else [_IMPORT]),
         "from peft import PeftModel",
+        *_IMAGE,
         "from transformers import AutoImageProcessor, AutoModelForImageClassification",
         "",
+        _OPEN,
         f'processor = AutoImageProcessor.from_pretrained("{encoder}")',
         f'encoder = AutoModelForImageClassification.from_pretrained("{encoder}", num_labels={classes})',
         f'classifier = PeftModel.from_pretrained(encoder, "{where}").eval()',
@@ -186,20 +194,24 @@ def limits(report: EncoderReport) -> str:
     Returns:
         `str`: Markdown, heading included.
     """
-    lines, classifier = [], report.task == "classifier"
+    lines, classifier, measured = [], report.task == "classifier", _measured(report)
     if report.threat_model:
         norm, eps = norm_name(report.threat_model.get("norm")), report.threat_model.get("eps")
         budget = f"{norm} changes" + (f" up to {budget_text(eps)}" if eps is not None else "")
         lines.append(
             f"- Robust only against what it was trained and tested for: {budget}. Larger budgets, other norms, "
-            "rotations, patches or corruptions are another matter."
+            f"rotations{' and patches' if _corrupted(measured) else ', patches or corruptions'} are another matter."
         )
     elif classifier:
         lines.append("- The fine-tuning used no attack: how robust it is depends on its encoder; measure it.")
     else:
         lines.append("- Not robust: do not use its features where somebody may change the input on purpose.")
-    if any("pgd" in name for result in report.results for name in result.get("metrics", {})):
+    if any("pgd" in name for name in measured):
         lines.append(_PGD_LIMIT[report.task])
+    if measured and not any(describe_metric(name).get("attack") == "autoattack" for name in measured):
+        lines.append("- AutoAttack was not measured: the accuracy that a stronger attack leaves is not known.")
+    if any(name.startswith("generated_corruptions") for name in measured):
+        lines.append("- The corruptions were generated here; they are not the published CIFAR-10-C or 100-C files.")
     if report.results:
         lines.append("- The numbers hold for the data and the protocol named above, and for this one run.")
     if classifier:
@@ -208,6 +220,16 @@ def limits(report: EncoderReport) -> str:
     else:
         lines.append("- The encoder inherits what its training images show and leave out.")
     return "## Limits\n\n" + "\n".join(lines)
+
+
+def _measured(report: EncoderReport) -> list[str]:
+    """Names of the figures that are there, of the network itself."""
+    found = (result.get("metrics") or {} for result in report.results if result.get("model") == report.name)
+    return [name for metrics in found for name, value in metrics.items() if value is not None]
+
+
+def _corrupted(measured: list[str]) -> bool:
+    return any(name.startswith(("generated_corruptions", "cifar10c", "cifar100c")) for name in measured)
 
 
 def norm_name(norm: Any) -> str:

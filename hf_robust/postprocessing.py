@@ -181,6 +181,7 @@ def train_head(
     """
     file, stage = Path(folder) / _HEAD, copy.copy(args)
     unchosen = {"keep": "last", "lr_rule": "milestones", "lr_milestones": None, "auto_lr_epochs": None}
+    stage.push_to_hub = False  # the last stage publishes
     for name, value in {**unchosen, "max_steps": -1, "output_dir": str(folder), **changes}.items():
         setattr(stage, name, value)
     facts = {
@@ -250,6 +251,7 @@ def post_process(
     model = build_classifier(encoder, clusters, objective.norm_branches, image_size)
     model.classifier.load_state_dict(head)
     trainer = RobustFinetuner(model, args, objective, attack, train_dataset=labelled)
+    trainer.releases_encoder = True
     trainer.train(resume_from_checkpoint=where_to_resume(asked, folder))
     return trainer
 

@@ -14,6 +14,7 @@ from hf_robust.attacks import frozen
 from hf_robust.checkpoints import to_resume
 from hf_robust.evaluation.probe import ProbeResult, probe_encoder
 from hf_robust.hub import save_encoder
+from hf_robust.memory_model import check_training_memory
 from hf_robust.pseudo_labels import Labelling
 from hf_robust.trainer import RobustTrainer
 from hf_robust.views import Views
@@ -62,10 +63,11 @@ class RobustPretrainer(RobustTrainer):
         return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Make pseudo-labels where the method learns them, then train; see `RobustTrainer.train`."""
+        """Make pseudo-labels where the method learns them, see that the batch fits (`memory_model`), then train."""
         resume = to_resume(str(self.args.output_dir), resume_from_checkpoint)
         if not resume:
             self.labelling.prepare(self.accelerator.unwrap_model(self.model), self.args)
+        check_training_memory(self)
         return super().train(resume, *args, **kwargs)
 
     def save_beside(self, checkpoint: Path) -> None:
@@ -89,8 +91,7 @@ class RobustPretrainer(RobustTrainer):
         """
         if self.objective.teacher_kind == "ema":
             return self.teacher
-        module = self.accelerator.unwrap_model(self.model)
-        return merge_adapter(module) if isinstance(module, AdapterModel) else module
+        return merge_adapter(self.network) if isinstance(self.network, AdapterModel) else self.network
 
     @property
     def encoder_branch(self) -> str:
@@ -107,7 +108,7 @@ class RobustPretrainer(RobustTrainer):
         Returns:
             [`ProbeResult`]: the accuracies, with n.
         """
-        network, branch = self.encoder_model, self.encoder_branch
+        network, branch = self.encoder_model.to(self.args.device), self.encoder_branch
         if self.attack.norm == "linf":  # the probe's attack is L-inf: the training budget, or the published one
             kwargs.setdefault("eps", self.attack.eps)
         with frozen(network):
@@ -163,3 +164,7 @@ class RobustPretrainer(RobustTrainer):
         """
         self.stop_if_not_finite()
         return save_encoder(self.encoder_model, directory, branch=self.encoder_branch, **kwargs)
+
+    def save_release(self, directory: Path) -> Path:
+        """Write the encoder, which is what pre-training publishes."""
+        return self.save_encoder(directory)

@@ -5,38 +5,40 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, rotate_checkpoints
 from transformers.trainer_utils import TrainOutput
 
 from hf_robust import checkpoints
-from hf_robust.attacks import PGD, LossFn, frozen
+from hf_robust.attacks import PGD, frozen
 from hf_robust.callbacks import MethodCallback, average_buffers, share_from_first, update_ema
 from hf_robust.coresets import CoresetMethod, FullData
 from hf_robust.coresets.phases import CoresetPhases, seeded_generator
 from hf_robust.coresets.sampler import CoresetSampler
 from hf_robust.data import ImageDataset, collate_images
+from hf_robust.hub_callback import HubTrainer
 from hf_robust.loss_record import LossRecord, finite, logged_seconds
 from hf_robust.model_fit import check_fit
 from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
 from hf_robust.optim import make_optimizer, paper_schedule
+from hf_robust.sharding import ShardedTraining
 from hf_robust.teachers import build_teacher, restore_teacher, save_teacher
 from hf_robust.training_args import RobustTrainingArguments
+from hf_robust.training_attack import TrainingAttack
 
 __all__ = ["RobustTrainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class RobustTrainer(Trainer):
+class RobustTrainer(HubTrainer, ShardedTraining):
     """Trainer for methods that are objectives: named loss terms, one attack, exact resume.
 
     Every random number of a step (views, attack starts) comes from a generator seeded by (seed, step, micro-step,
@@ -80,6 +82,9 @@ class RobustTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_fit(objective, model, train_dataset)
+        self.check_sharding(args)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         if args.world_size > 1:
             # Otherwise the last batch repeats images on some rank: false negatives of a contrastive loss.
             args.dataloader_drop_last = True
@@ -109,6 +114,12 @@ class RobustTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.objective = objective
         self.attack = attack if attack is not None else PGD()
+        self.training_attack = TrainingAttack(
+            self.accelerator,
+            eval_mode=objective.attack_in_eval_mode,
+            fold_norms=args.fold_norms,
+            compile_options=args.compile_options,
+        )
         self.teacher = build_teacher(objective, self.model, teacher, self.args.device)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._strength, self._micro_step = 1.0, (-1, 0)
@@ -141,17 +152,18 @@ class RobustTrainer(Trainer):
         self._strength = self.objective.strength(self.progress)
         with torch.no_grad():
             batch = self.prepare_batch(inputs, generator)
-        terms = self.objective(model, batch, self.step_context(generator))
+        terms = self.objective(model, batch, self.step_context(generator, inputs.get("index")))
         loss = torch.stack(list(terms.values())).sum()
         self._record.add(terms, loss)
         return (loss, terms) if return_outputs else loss
 
-    def step_context(self, generator: torch.Generator) -> StepContext:
-        """What the objective gets beside model and batch."""
+    def step_context(self, generator: torch.Generator, index: Tensor | None = None) -> StepContext:
+        """What the objective gets beside model and batch; `index`: positions of the images in the data set."""
         kept: Any = self.state.stateful_callbacks  # a dictionary that is saved with the state, as JSON
         memory = kept.setdefault("method_memory", {})
-        attack, autocast = self._training_attack(generator), self.accelerator.autocast
-        return StepContext(attack, self.progress, self.teacher, autocast, memory=memory)
+        attack = self.training_attack.bind(self.attack, self._networks(), generator, index)
+        autocast, seen = self.accelerator.autocast, self.training_attack.seen
+        return StepContext(attack, self.progress, self.teacher, autocast, memory=memory, seen=seen)
 
     def _step_generator(self) -> torch.Generator:
         step, micro = self._micro_step
@@ -159,19 +171,11 @@ class RobustTrainer(Trainer):
         step, micro = self._micro_step
         return seeded_generator(self.args.device, self.args.seed, step, micro, self.args.process_index)
 
-    def _training_attack(self, generator: torch.Generator) -> Callable[[LossFn, Tensor], Tensor]:
-        # In half precision the gradient of a mean over a large batch underflows; the attack ignores its scale.
-        scale = 1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0
-
-        def attack(loss_fn: LossFn, x: Tensor) -> Tensor:
-            def scaled(images: Tensor) -> Tensor:
-                with self.accelerator.autocast():
-                    return loss_fn(images) * scale
-
-            with frozen(nn.ModuleList(self._networks()), eval_mode=self.objective.attack_in_eval_mode):
-                return self.attack(scaled, x, generator=generator)
-
-        return attack
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        if "dynamo_plugin" in built:  # the short last batch gets a graph of its own, rather than all a slower one
+            built["dynamo_plugin"].dynamic = False
+        return built
 
     def _get_train_sampler(self, train_dataset: Any = None) -> CoresetSampler:
         return self.phases.sampler
@@ -216,7 +220,7 @@ class RobustTrainer(Trainer):
 
     def _select_coreset(self, round: int) -> None:
         self._strength = self.objective.strength(self.progress)
-        module = self.accelerator.unwrap_model(self.model)
+        module = self.gather_network(self.args.device)
         task = self.phases.task(
             round,
             model=module,
@@ -256,6 +260,7 @@ class RobustTrainer(Trainer):
     def close_round(self, rounds: float) -> bool:
         """Close a round, the last one maybe unfinished; tell whether it is a time for a checkpoint per epoch."""
         before, now, keep = self.phases.close(rounds)
+        self.gather_network()  # by all processes, for whatever the first one does with it alone
         self.end_epoch(before, now)
         return keep or self.state.global_step >= self.state.max_steps
 
@@ -298,6 +303,7 @@ class RobustTrainer(Trainer):
         resume_from_checkpoint = checkpoints.to_resume(str(self.args.output_dir), resume_from_checkpoint)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._record, self._micro_step = LossRecord(self.args.device), (-1, 0)
+        self.training_attack.restart(self.attack, len(self.train_dataset))
         self.phases.restart(None if resume_from_checkpoint or not self.args.should_save else self.args.output_dir)
         if resume_from_checkpoint:
             checkpoints.check_run(resume_from_checkpoint, self.describe_run())
@@ -319,24 +325,7 @@ class RobustTrainer(Trainer):
 
     def describe_run(self) -> dict[str, str]:
         """Describe what a checkpoint must agree with to be resumed exactly."""
-        args, config = self.args, self.accelerator.unwrap_model(self.model).config
-        batch = (args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps)
-        schedule = (args.learning_rate, args.warmup_epochs, args.min_learning_rate, args.lr_granularity)
-        return {
-            "objective": repr(self.objective),
-            "attack": repr(self.attack),
-            "network": f"{config.architecture} {config.model_args} {config.image_size} px",
-            "optimizer, momentum, weight decay": repr((args.optimizer, args.momentum, args.weight_decay)),
-            "learning rate, warm-up, floor, granularity": repr(schedule),
-            "learning rate milestones": repr(args.lr_milestones),
-            "epochs, max_steps": repr(self._asked_length),
-            "coreset": repr(self.phases.method),
-            "precision": self.accelerator.mixed_precision,
-            "norm statistics of the whole batch": str(args.sync_norm),
-            "batch (images, processes, accumulation)": repr(batch),
-            "training images": str(len(self.train_dataset)),
-            "seed": str(args.seed),
-        }
+        return checkpoints.describe_run(self)
 
     def stop_if_not_finite(self) -> None:
         """Raise `FloatingPointError` when a loss, a weight or a running statistic of this process is not finite."""
@@ -377,11 +366,13 @@ class RobustTrainer(Trainer):
     def save_beside(self, checkpoint: Path) -> None:
         """Add to a checkpoint what a resume needs beyond weights, optimiser and schedule."""
         self.phases.save(checkpoint)
+        self.training_attack.save(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         restore_teacher(self.teacher, resume_from_checkpoint)
         self.phases.load(resume_from_checkpoint)
+        self.training_attack.load(Path(resume_from_checkpoint))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: a self-supervised loss on held-out images says nothing about robustness."""
@@ -392,6 +383,3 @@ class RobustTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: the stock estimate counts tokens and would put an invented number into the log."""
         return 0
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the card is written from a report, see `model_card.write_model_card`."""

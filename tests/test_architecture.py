@@ -18,35 +18,39 @@ PACKAGE = REPOSITORY / "hf_robust"
 # "" is hf_robust/__init__.py, "objectives" is hf_robust/objectives/__init__.py.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "losses",
+        *("losses", "multiview_losses", "distillation", "clustering", "frequencies"),
         "loss_record",
         "attacks",
         "optim",
         "auto_lr",
         "crops",
-        "models.norm",
+        *("models.norm", "models.heads"),
         "image_decoding",
         "image_sources",
         *("evaluation.leaderboard", "evaluation.autoattack_findings", "evaluation.autoattack_plan"),
         *("evaluation.corruption_constants", "evaluation.corruption_filters"),
-        *("runs", "runs.console"),
+        *("runs", "runs.console", "demo"),
+        *("converters.layouts", "converters.checkpoint_file"),
     ),
     (
-        *("data", "views"),
-        *("models.backbones", "models.modeling", "models.encoder", "models.native", "models.folded"),
+        *("data", "views", "attack_replay", "attack_schedules"),
+        *("models.backbones", "models.checkpointing", "models.configuration", "models.modeling"),
+        *("models.encoder", "models.native", "models.folded"),
         *("evaluation.autoattack_model", "evaluation.autoattack_state"),
         *("evaluation.corruption_images", "evaluation.corruption_arrays"),
     ),
-    ("objectives.base", "models", "models.lora", "_lazy", "evaluation.pixel_classifier"),
+    ("objectives.base", "models", "models.lora", "_lazy", "evaluation.pixel_classifier", "converters.base"),
     (
         "objectives.*",  # every method: adding one touches no list
+        *("model_fit", "memory_model", "training_attack"),
         *("coresets.base", "coresets.*"),  # every way to choose, likewise
         *("evaluation.linear_probe", "evaluation.accuracy", "evaluation.probe", "evaluation.pictures"),
         *("evaluation.environment", "evaluation.report", "evaluation.coreset_pictures"),
         *("evaluation.picture_style", "evaluation.curves"),
         *("evaluation.robustness_pictures", "evaluation.report_texts", "evaluation.html_page"),
         *("evaluation.autoattack_cascade", "evaluation.corruption_generator"),
-        *("hub_files", "hub_folders"),
+        *("hub_files", "hub_folders", "demo.comparison"),
+        "converters.*",  # every format
     ),
     (
         *(
@@ -61,26 +65,33 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         ),
         *("evaluation.autoattack", "evaluation.corruptions", "evaluation.judged_images", "evaluation.classifier"),
         *("evaluation.evaluation_report", "evaluation.html_report"),
+        *("hub_failures", "release_folder", "model_card_metadata", "run_facts", "demo.rendering"),
     ),
     (
-        *("finetuning_args", "flags", "held_out", "adapters", "classifiers", "model_card"),
+        *("finetuning_args", "flags", "held_out", "adapters", "classifiers"),
+        *("model_card_citations", "model_card_tables", "model_card_conversion", "sharding"),
         *("evaluation.evaluation_parts", "evaluation.embedding", "evaluation.robustness_files"),
     ),
+    ("model_card", "demo.sources", "attack_flags", "teachers"),
+    ("publishing", "converters.converting", "demo.page", "pseudo_labels"),
+    ("hub_callback", "converters"),
     ("trainer", "evaluation.evaluation_job"),
     ("pretrainer", "finetuner", "evaluation.robustness"),
-    ("postprocessing", "presets", "run_facts"),
-    ("cli", "finetune_cli", "evaluate_cli"),
-    ("", "runs.pretrain", "runs.finetune"),
-    ("runs.evaluate",),
+    ("postprocessing", "presets", "push_cli"),
+    ("cli", "finetune_cli", "evaluate_cli", "card_cli", "convert_cli", "demo_cli", "runs.push"),
+    ("", "runs.finetune", "runs.convert", "runs.card", "runs.students", "demo.space"),
+    ("runs.pretrain",),
+    ("runs.evaluate", "runs.demo"),
     ("commands",),
 )
 # Within a floor, only these: a method that builds on another, and the models' common architectures.
 SIBLINGS: dict[str, tuple[str, ...]] = {
-    "models.modeling": ("models.backbones",),
+    "models.modeling": ("models.backbones", "models.checkpointing", "models.configuration"),
     "models.encoder": ("models.backbones",),
     "models.folded": ("models.modeling",),
     "objectives.*": ("objectives.*",),
     "coresets.*": ("coresets.base", "coresets.*"),
+    "converters.*": ("converters.*",),
     "evaluation.coreset_pictures": ("coresets.base", "evaluation.picture_style"),
     "evaluation.report": ("evaluation.environment",),
     "evaluation.accuracy": ("evaluation.linear_probe", "evaluation.report"),
@@ -90,6 +101,7 @@ SIBLINGS: dict[str, tuple[str, ...]] = {
     "evaluation.robustness_pictures": ("evaluation.picture_style", "evaluation.report"),
     "evaluation.report_texts": ("evaluation.report",),
     "evaluation.html_page": ("evaluation.environment",),
+    "hub_folders": ("evaluation.environment",),
     "evaluation.autoattack_cascade": ("evaluation.accuracy",),
     "evaluation.corruption_generator": ("evaluation.accuracy",),
 }
@@ -101,7 +113,7 @@ TRAVELLING = {
     "models.encoder": {"timm", "torch", "transformers", ".backbones"},
 }
 # Slow to import, or absent on a training machine: imported inside the function that needs them.
-LAZY = {"datasets", "matplotlib", "peft", "pyautoattack", "sklearn", "tensorboard", "trackio"}
+LAZY = {"datasets", "gradio", "matplotlib", "peft", "pyautoattack", "sklearn", "tensorboard", "trackio"}
 MAX_LINES = 400
 NO_DRAWER = re.compile(r"(utils?|helpers?|misc|common)\.py")
 
@@ -149,9 +161,10 @@ def import_targets(node: ast.AST, package: list[str]) -> list[str]:
 
 
 def place(name: str) -> str:
-    """The name under which a file stands in the tables: a method's file is one of `objectives.*` or `coresets.*`."""
+    """The name under which a file stands in the tables: a method's or a format's file is one of `folder.*`."""
     folder, _, file = name.partition(".")
-    return f"{folder}.*" if folder in ("objectives", "coresets") and file not in ("", "base") else name
+    own = {"", "base", "layouts", "checkpoint_file", "converting"} if folder == "converters" else {"", "base"}
+    return f"{folder}.*" if folder in ("objectives", "coresets", "converters") and file not in own else name
 
 
 def violations(package: Path) -> list[str]:

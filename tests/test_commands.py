@@ -69,6 +69,15 @@ def test_an_error_of_the_run_is_one_message(monkeypatch):
         console.run_or_exit(lambda argv, **_: 1 / 0)
 
 
+def test_ctrl_c_says_how_to_go_on(capsys):
+    def stopped(argv, **_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        console.run_or_exit(stopped)
+    assert stop.value.code == 130 and "--resume_from_checkpoint true" in capsys.readouterr().err
+
+
 def test_the_version_and_the_entry_point(capsys):
     commands.main(["--version"])
     assert capsys.readouterr().out == f"hf_robust {hf_robust.__version__}\n"

@@ -69,6 +69,10 @@ def test_the_example_without_arguments_evaluates_what_fine_tuning_leaves():
         ("--model x --steps 50", "the number of steps is part of the metric: --metrics pgd50"),
         ("--model x --n_example 5", "did you mean 'n_examples'?"),
         ("--model x --n_examples 0", "n_examples must be 1 or more, got 0"),
+        ("--model x --eps 8", "eps must be in (0, 1], got 8.0: budgets are in pixels of [0, 1]"),
+        ("--model x --batch_size 0", "batch_size must be 1 or more, got 0"),
+        ("--model x --metrics accuracy,pgd20", "'accuracy,pgd20': leave spaces between them"),
+        ("--model x --metrics pgd20 --corruptions here", "images of the metric corruptions: add it to --metrics"),
         ("--config no/such.yaml", "cannot read --config no/such.yaml"),
     ],
 )
@@ -78,6 +82,12 @@ def test_mistakes_end_in_one_line(text, message, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.startswith("hf-robust evaluate: error: ")
     assert len(error.splitlines()) == 2
+
+
+def test_flags_of_fine_tuning_with_an_open_quote_say_so(capsys):
+    with pytest.raises(SystemExit):
+        parse_evaluate(["--model", "x", "--protocol", "slf", "--finetune_args", "--report_to 'none"])
+    assert 'cannot read --finetune_args "--report_to \'none": No closing quotation' in capsys.readouterr().err
 
 
 def test_help_shows_groups_and_budgets(capsys):

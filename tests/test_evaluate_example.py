@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,11 @@ def test_a_classifier_gets_its_report_beside_it_and_into_its_card(example, model
     rows = EncoderReport.load(card.parent).results
     assert [row["protocol"] for row in rows] == ["evaluation"]  # once, however often it is measured
     assert rows[0]["metrics"]["standard_accuracy"] == report.metrics["accuracy"]
+    capsys.readouterr()
+    example.main([*command, "--update_card", "true", "--metrics", "pgd3"])
+    assert "The report replaces one with pgd2_linf_8_255_accuracy" in capsys.readouterr().out
+    (row,) = EncoderReport.load(card.parent).results
+    assert {"pgd2_linf_8_255_accuracy", "pgd3_linf_8_255_accuracy"} <= set(row["metrics"])  # the card keeps both
 
 
 def test_an_encoder_is_fine_tuned_by_each_protocol_and_evaluated(example, model, images, capsys, monkeypatch):
@@ -104,13 +110,41 @@ def test_an_encoder_is_fine_tuned_by_each_protocol_and_evaluated(example, model,
     assert re.search(r"\n +SLF +ALF\naccuracy .*%.*%\npgd2_linf_8_255_accuracy", text), text
     rows = {row["protocol"]: row for row in EncoderReport.load(encoder).results}
     assert set(rows) == {"fine-tuned by SLF", "fine-tuned by ALF"}
+    assert all(row["pictures"] and (encoder / name).is_file() for row in rows.values() for name in row["pictures"])
     weights = {path: path.stat().st_mtime_ns for path in folder.rglob("classifier/model.safetensors")}
     monkeypatch.setattr(evaluate.finetune, "main", lambda *_, **__: pytest.fail("trained again"))
     example.main(command)
     assert "SLF: fine-tuned already" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == time for path, time in weights.items())
-    with pytest.raises(SystemExit, match="fine-tuned with other flags: give another --output_dir"):
-        example.run_or_exit([*command[:-1], f"{TUNE} --learning_rate 0.5"])
+    other = [*command[:-1], f"{TUNE} --learning_rate 0.5"]
+    with pytest.raises(SystemExit, match="fine-tuned with other flags: give another --output_dir, or --resume false"):
+        example.run_or_exit(other)
+    checkpoints = list(folder.rglob("checkpoint-*"))
+    monkeypatch.undo()
+    other[other.index("alf") : other.index("alf") + 1] = []
+    example.main([*other, "--resume", "false"])
+    assert checkpoints and weights[folder / "slf/classifier/model.safetensors"] < max(
+        path.stat().st_mtime_ns for path in (folder / "slf").rglob("model.safetensors")
+    )
+    assert "0.5" in (folder / "slf" / evaluate._DONE).read_text()
+
+
+def test_what_a_metric_needs_is_looked_for_before_an_encoder_is_fine_tuned(example, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    monkeypatch.setattr(evaluate.finetune, "main", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match=r"hf_robust\[eval\]"):
+        example.run_or_exit(["--model", str(model / "run" / "encoder"), "--protocol", "slf", "--use_cpu", "true"])
+
+
+def test_a_slip_in_the_flags_of_the_last_protocol_is_found_before_the_first_one_trains(
+    example, model, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate.finetune, "main", lambda *_, **__: pytest.fail("trained"))
+    command = ["--model", str(model / "run" / "encoder"), "--protocol", "slf", "alf", *QUICK]
+    with pytest.raises(SystemExit) as stop:
+        example.run_or_exit([*command, "--finetune_args", "--num_trian_epochs 1"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("hf-robust finetune: error:") and "'num_train_epochs'" in said
 
 
 @pytest.mark.parametrize(
@@ -121,6 +155,7 @@ def test_an_encoder_is_fine_tuned_by_each_protocol_and_evaluated(example, model,
         (["--split", "validation"], "validation"),
         (["--metrics", "pgd2000x"], "unknown metric 'pgd2000x'"),
         (["--corruptions", "nowhere", "--metrics", "corruptions"], "nowhere"),
+        (["--model", "/no/folder"], "no folder '/no/folder': name the folder of a classifier"),
         (["--image_column", "picture"], "picture"),
     ],
 )

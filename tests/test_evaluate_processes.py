@@ -35,7 +35,7 @@ def test_two_processes_evaluate_an_encoder_by_a_protocol(tmp_path):
     command += ["--metrics", "pgd3", "--curve_examples", "0", "--output_dir", str(tmp_path / "out")]
     done = subprocess.run([*command, "--finetune_args", TUNE], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("n = 12, seed 0") == 1 and done.stdout.count("SLF") >= 1
+    assert done.stdout.count("n = 12, seed 0, float32") == 1 and done.stdout.count("SLF") >= 1
     shared = EvaluationReport.load(tmp_path / "out" / "slf" / "evaluation")
     from hf_robust.data import load_image_dataset
 

@@ -2,57 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from card_reports import CLASSIFIER, CORESET, report
 from huggingface_hub import ModelCard
 
 from hf_robust.evaluation.report import EncoderReport
-from hf_robust.model_card import write_model_card
-
-CITATION = (
-    "@inproceedings{acl,\n  title = {Robust Pre-Training by Adversarial Contrastive Learning},\n  year = {2020}\n}"
-)
-
-
-def report(**changes: Any) -> dict[str, Any]:
-    own = {"standard_accuracy": 0.9, "pgd20_linf_8_255_accuracy": 0.1 * 7}
-    shared = {"protocol": "linear probe", "n_train": 1437, "n_eval": 360, "seed": 0}
-    attack = {"norm": "linf", "eps": 8 / 255, "step_size": 2 / 255, "steps": 20}
-    values = {
-        "name": "acl-digits",
-        "library_version": "0.1.0",
-        "objective": {"name": "ACL", "parameters": {"temperature": 0.5, "mode": "ds"}},
-        "architecture": "resnet10_cifar",
-        "model_args": {"channels": [16, 32, 64, 128]},
-        "image_size": 32,
-        "norm_branch": "adv",
-        "exported_format": "hf_robust_timm",
-        "dataset": {"name": "digits", "split": "train", "n_images": 1437, "hub_id": None},
-        "threat_model": {"norm": "linf", "eps": 8 / 255, "step_size": 2 / 255, "steps": 5},
-        "training": {"epochs": 30, "batch_size": 128, "optimizer": "lars", "seed": 0, "seconds": 1800.0},
-        "results": [
-            {"model": "SimCLR", "metrics": {"standard_accuracy": 0.97, "pgd20_linf_8_255_accuracy": 0.0}, **shared},
-            {
-                "model": "acl-digits",
-                "metrics": own,
-                "attack": attack,
-                "dataset": {"name": "digits", "split": "test"},
-                **shared,
-            },
-        ],
-        "command": "hf-robust pretrain --objective acl",
-        "commit": "abc123-dirty",
-        "hardware": {"cpu": "Some CPU", "cores": 2},
-        "versions": {"torch": "2.15.0"},
-        "date": "2026-11-22",
-        "citation": CITATION,
-    }
-    return {**copy.deepcopy(values), **changes}
+from hf_robust.model_card import copy_evaluation_pictures, write_model_card
 
 
 def written(folder: Path, **changes: Any) -> str:
@@ -85,7 +45,7 @@ def test_the_metadata_reads_back(tmp_path: Path) -> None:
     assert attacked.metric_name == "PGD-20 accuracy (L-inf, eps 8/255), linear probe"
     assert attacked.metric_value == 0.1 * 7 and attacked.metric_type == "accuracy"
     assert (attacked.dataset_name, attacked.dataset_split) == ("digits", "test")
-    expected = {"attack": "pgd20", "norm": "linf", "eps": "8/255", "step_size": 2 / 255, "steps": 20}
+    expected = {"attack": "pgd20", "norm": "linf", "eps": "8/255", "step_size": "2/255", "steps": 20}
     assert attacked.metric_args == {**expected, "n_train": 1437, "n_eval": 360, "seed": 0}
 
 
@@ -170,21 +130,6 @@ def test_pictures_are_shown_when_they_exist_and_come_along_from_the_parent(tmp_p
     assert (encoder / "curves.png").read_bytes() == b"parent" and (encoder / "examples.png").read_bytes() == b"own"
 
 
-CORESET = {
-    "name": "RCS",
-    "parameters": {"fraction": 0.2, "interval": 2, "attack_steps": None},
-    "fraction": 0.2,
-    "effective_fraction": 0.19958,
-    "images": 284,
-    "pool_images": 1423,
-    "validation_images": 14,
-    "warmup_epochs": 2.0,
-    "selections": 5,
-    "selection_seconds": 12.34,
-    "training_seconds": 100.0,
-}
-
-
 def test_the_coreset_has_a_section_when_there_was_one(tmp_path: Path) -> None:
     assert "oreset" not in written(tmp_path)
     text = written(tmp_path, coreset=CORESET)
@@ -220,24 +165,6 @@ def test_a_supervised_method_is_not_called_self_supervised(tmp_path: Path) -> No
     assert {"supervised-learning", "sat"} <= tags and not tags & {"contrastive-learning", "self-supervised-learning"}
     acl = ModelCard(written(tmp_path))
     assert "pre-trained without labels by ACL" in acl.text and "supervised-learning" not in acl.data.tags
-
-
-CLASSIFIER = {
-    "name": "aff-cifar",
-    "task": "classifier",
-    "objective": {"name": "AFF", "parameters": {"beta": 6.0}, "supervised": True},
-    "dataset": {"name": "CIFAR-10", "hub_id": "uoft-cs/cifar10", "split": "train", "n_images": 47500},
-    "encoder": {"name": "acl-digits", "hub_id": "ann/acl", "objective": "ACL", "dataset": "digits"},
-    "label_names": ["cat", "dog", "newt"],
-    "results": [
-        {
-            "model": "aff-cifar",
-            "metrics": {"standard_accuracy": 0.8, "pgd20_linf_8_255_accuracy": 0.5},
-            "protocol": "test images",
-            "n_eval": 10000,
-        }
-    ],
-}
 
 
 def test_the_card_of_a_classifier(tmp_path: Path) -> None:
@@ -339,3 +266,51 @@ def test_a_data_set_that_is_no_hub_id_is_refused(tmp_path: Path, hub_id: str) ->
     with pytest.raises(ValueError, match="hub_id must be an id such as.*write None"):
         write_model_card(report(dataset={"name": "x", "hub_id": hub_id}), tmp_path)
     assert not (tmp_path / "README.md").exists()
+
+
+def test_pictures_of_an_evaluation_stand_under_its_name(tmp_path: Path) -> None:
+    source, card = tmp_path / "evaluation", tmp_path / "card"
+    source.mkdir()
+    card.mkdir()
+    for name in ("robustness_curve", "corruptions", "classes", "examples"):
+        (source / f"{name}.png").write_bytes(name.encode())
+    entry = {**report()["results"][1], "protocol": "fine-tuned by SLF"}
+    entry = copy_evaluation_pictures(entry, source, card)
+    assert entry["pictures"][0] == "fine-tuned-by-slf-digits-n360-seed0_robustness_curve.png"
+    assert len(entry["pictures"]) == 4
+    text = write_model_card(report(results=[entry]), card).read_text()
+    shown = text.split("## Pictures")[1].split("## ")[0]
+    assert shown.count("](fine-tuned-by-slf-digits-n360-seed0_") == 4
+    assert "*Accuracy under each corruption at each severity (fine-tuned by SLF, digits).*" in shown
+    (source / "corruptions.png").unlink()  # the next one measured less
+    entry = copy_evaluation_pictures(entry, source, card)
+    assert len(entry["pictures"]) == 3 and len(list(card.glob("*.png"))) == 3
+    other = copy_evaluation_pictures({**entry, "seed": 1}, source, card)
+    assert not {*other["pictures"]} & {*entry["pictures"]}
+    assert "pictures" not in copy_evaluation_pictures(entry, tmp_path / "none", card)
+
+
+def test_pictures_that_the_report_names_but_are_not_there_or_elsewhere_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "x_classes.png").write_bytes(b"x")
+    names = ["x_classes.png", "x_corruptions.png", "../x_classes.png", "x_other.png"]
+    entry = {**report()["results"][1], "pictures": names}
+    text = write_model_card(report(results=[entry]), tmp_path).read_text()
+    assert text.count("](") == 1 and "](x_classes.png)" in text
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    assert "AutoAttack was not measured" in written(tmp_path)
+    own = {**report()["results"][1], "metrics": {"autoattack_linf_8_255_accuracy": 0.5}}
+    part = {**report()["results"][1], "metrics": {"autoattackfast_linf_8_255_accuracy": 0.5}}
+    assert "was not measured" not in written(tmp_path, results=[own])
+    assert "AutoAttack was not measured" in written(tmp_path, results=[part])
+    contrast = {**own, "model": "SimCLR"}
+    assert "AutoAttack was not measured" in written(tmp_path, results=[report()["results"][1], contrast])
+    made = {**own, "metrics": {"generated_corruptions_mean_accuracy": 0.5}}
+    text = written(tmp_path, results=[made])
+    assert "not the published CIFAR-10-C" in text and "rotations and patches are another matter" in text
+
+
+def test_writing_twice_changes_nothing(tmp_path: Path) -> None:
+    first = write_model_card(report(), tmp_path).read_bytes()
+    assert first == write_model_card(report(), tmp_path).read_bytes() and b"\r" not in first

@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 def test_files_and_pictures_exist():
     commands = "\n".join(blocks("bash"))
-    assert "RESULTS_TABLE" not in TEXT
+    assert "RESULTS_TABLE" not in TEXT and "NUMBERS" not in TEXT
     links = re.findall(r"\]\(([\w./-]+)\)", TEXT)
     for path in [*re.findall(r"examples/[\w./]+\.(?:py|yaml)", commands), *links]:
         assert (ROOT / path).exists(), path
@@ -41,7 +41,7 @@ def shortened(code: str, changes: dict[str, str]) -> str:
 
 @pytest.mark.filterwarnings("default")
 def test_python_runs(tmp_path, monkeypatch):
-    load, use, adapter, tune, train = blocks("python")
+    load, use, adapter, tune, judge, train = blocks("python")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     quick = "max_steps=1, report_to='none', save_strategy='no'"
@@ -56,6 +56,8 @@ def test_python_runs(tmp_path, monkeypatch):
     }
     exec(shortened(tune, changes), names)
     exec(shortened(use, {"outputs/digits_finetune": "outputs/tuned"}), names)
+    exec(shortened(judge, {"outputs/digits_finetune": "outputs/tuned", "n_examples=100": "n_examples=20"}), names)
+    assert names["report"].n == 20 and set(names["report"].intervals) == set(names["report"].metrics)
     images = [Image.new("RGB", (32, 32), colour) for colour in ("black", "white")]
     assert [len(answer) for answer in names["classify"](images, top_k=3)] == [3, 3]
     small = with_adapter(build_classifier("outputs/mine/encoder", 10), rank=2)

@@ -227,15 +227,13 @@ def test_tensorboard_receives_every_term(tmp_path):
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     trainer = tiny_trainer(tmp_path, ACL(), save_strategy="steps", save_steps=1, logging_steps=100)
-    objective = trainer.objective
 
-    def poisoned(model, batch, context, call=objective):
-        terms = call(model, batch, context)
-        return {k: v * (float("nan") if trainer.state.global_step == 5 else 1.0) for k, v in terms.items()}
+    class Poisoned(ACL):
+        def __call__(self, model, batch, context):
+            terms = super().__call__(model, batch, context)
+            return {k: v * (float("nan") if trainer.state.global_step == 5 else 1.0) for k, v in terms.items()}
 
-    poisoned.views, poisoned.teacher_kind, poisoned.strength = objective.views, None, objective.strength
-    poisoned.attack_in_eval_mode = True
-    trainer.objective = poisoned
+    trainer.objective = Poisoned()
     with pytest.raises(FloatingPointError, match=r"NaN or infinite by step 6; .* checkpoint is .*-5\. Lower"):
         trainer.train()
     checkpoints.verify(tmp_path / "checkpoint-5")
@@ -261,8 +259,8 @@ def test_channels_last_gives_the_same_step(tmp_path):
 def test_bf16_reaches_the_same_attack_and_nearly_the_same_loss(tmp_path):
     logs = []
     for bf16 in (False, True):
-        # 24 images of 16 x 16: train-mode norms over a handful of values would magnify any rounding
-        model = tiny_model(ACL(), image_size=16)
+        # 24 images of 16 x 16 and many channels: norms over a handful of values would magnify any rounding
+        model = tiny_model(ACL(), image_size=16, model_args={"channels": [16, 32, 64, 128]})
         trainer = tiny_trainer(tmp_path, ACL(), model=model, bf16=bf16, max_steps=1, per_device_train_batch_size=24)
         trainer.train()
         logs.append(trainer.state.log_history[0])

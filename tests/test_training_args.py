@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pytest
 from transformers import TrainingArguments
@@ -130,15 +131,19 @@ def test_no_advice_for_settings_that_transformers_does_not_have():
         ({"warmup_steps": 100}, "write --warmup_epochs"),
         ({"eval_strategy": "epoch"}, "measured by --probe_every"),
         ({"save_only_model": True}, "cannot be resumed exactly"),
-        ({"gradient_checkpointing": True}, "lower the batch instead"),
-        ({"torch_compile": True}, "leave it off"),
-        ({"push_to_hub": True}, "upload the encoder folder"),
     ],
 )
 def test_stock_settings_without_effect_are_refused(values, advice):
     (name,) = values
     with pytest.raises(ValueError, match=f"^{name}=.* has no effect here: .*{advice}"):
         arguments(**values)
+
+
+def test_the_access_token_is_in_no_pickle_and_no_text():
+    args = arguments(push_to_hub=True, hub_model_id="user/name", hub_token="my-secret")
+    assert args.hub_token == "my-secret" and dataclasses.replace(args).hub_token == "my-secret"
+    assert pickle.loads(pickle.dumps(args)).hub_token is None
+    assert "my-secret" not in f"{args} {args!r} {args.to_json_string()}"
 
 
 # ---------------------------------------------------------------------- batches

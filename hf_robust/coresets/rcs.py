@@ -49,8 +49,8 @@ class RCS(ChosenCoreset):
     signatures of `"released"`; for single images `chunk_size` x (images of a minibatch) x (values of the features of
     all passes) x 4 bytes; one folded backbone per norm branch; the validation images as uint8; in a training of
     lower precision, the activations of one float32 pass over a candidate minibatch. The search is made chunk by
-    chunk, independently, the budget shared by largest remainder. Several processes score disjoint candidates; the
-    attack on the validation split is repeated on each.
+    chunk, independently, the budget shared by largest remainder. Several processes score disjoint candidates, attack
+    disjoint validation images, and exchange gains and features.
 
     Source: Xu et al. 2023, "Efficient Adversarial Contrastive Learning via Robustness-Aware Coreset Selection";
         released code `RCS.py`. What we change: gradients in full, one step, exact budget, every validation image.

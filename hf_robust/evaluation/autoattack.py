@@ -150,7 +150,7 @@ def autoattack(
     Raises:
         ImportError: without the package `pyautoattack`.
         ValueError: for images outside [0, 1], labels or logits that do not fit, or a state of another evaluation.
-        TypeError: for an output that holds no logits.
+        TypeError: for images that are no tensor, or an output that holds no logits.
 
     Source: Croce & Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse
         parameter-free attacks", version "standard" of fra31/auto-attack@a392200 as packaged in pyautoattack 0.2.0.
@@ -161,34 +161,47 @@ def autoattack(
     labels = torch.as_tensor(labels)
     check_labels(labels, len(images))
     setting = Setting(float(eps), norm, preset, batch_size, seed)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
     target = AttackedModel(model, _device(model, images, device))
     images, labels = images.detach().to(torch.float32), labels.detach().long()
-    with held(model) as findings, random_state_kept(), torch.no_grad():
-        tag = _tag(setting, model, images, labels, f"{rank} of {world}")
+    return _join(_attack(package, target, images, labels, setting, state_file, progress), len(images), setting)
+
+
+def _attack(
+    package: ModuleType,
+    target: AttackedModel,
+    images: Tensor,
+    labels: Tensor,
+    setting: Setting,
+    state_file: str | Path | None,
+    progress: bool,
+) -> list[Share]:
+    """Attack the images of this process, with everything put back afterwards; what came of those of all processes."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if _distributed() else (0, 1)
+    own, file = slice(rank, None, world), _own_file(state_file, rank, world)
+    with held(target.model) as findings, random_state_kept(), torch.no_grad():
+        tag = _tag(setting, target.model, images, labels, f"{rank} of {world}")
         with CascadeBar(progress and rank == 0) as bar:
-            own, file = slice(rank, None, world), _own_file(state_file, rank, world)
             run = Cascade(package, target, setting, images[own], labels[own].cpu(), tag, file, bar)
-            shares = _gather(run, findings)
-    return _join(shares, len(images), setting)
+            return _gather(run, findings)
 
 
 def _gather(run: Cascade, findings: Findings) -> list[Share]:
     """Run the share of this process and exchange outcomes; an error of one process is raised in all of them."""
     if not _distributed():
         return [run(findings)]
-    outcome: Share | Exception
+    outcome: Share | str
+    failure: Exception | None = None
     try:
         outcome = run(findings)
-    except Exception as error:
-        outcome = error
+    except Exception as error:  # its text travels: not every exception can be pickled, and the others would wait
+        outcome, failure = str(error) or repr(error), error
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
+    if failure is not None:
+        raise failure
     for rank, other in enumerate(outcomes):
-        if isinstance(other, Exception):
-            raise RuntimeError(f"process {rank} could not attack its share of the images: {other}") from other
+        if isinstance(other, str):
+            raise RuntimeError(f"process {rank} could not attack its share of the images: {other}")
     common = [{**share.tag, "process": ""} for share in outcomes]
     if any(tag != common[0] for tag in common):
         raise ValueError(

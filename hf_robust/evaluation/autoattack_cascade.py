@@ -85,6 +85,8 @@ class CascadeBar:
         Args:
             passes (`int`): forward passes of one image; a backward pass counts as two.
         """
+        # An attack may take a few passes more than planned; beyond its total tqdm shows 0 %.
+        self._bar.total = max(self._bar.total, self._bar.n + passes)
         self._bar.update(passes)
 
     def stands(self, attack: PlannedAttack, ahead: Sequence[PlannedAttack], rest: int, robust: int, n: int) -> None:

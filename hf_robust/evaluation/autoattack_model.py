@@ -141,8 +141,14 @@ def check_images(images: Tensor) -> None:
         images (`torch.Tensor`): should be `(N, C, H, W)`, float, in [0, 1].
 
     Raises:
+        TypeError: for what is not a tensor.
         ValueError: for another shape or type, no image, values outside [0, 1] or not finite.
     """
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"got images of type {type(images).__name__}: AutoAttack takes one tensor (N, channels, height, width); "
+            "convert an array by torch.from_numpy, a list of tensors by torch.stack"
+        )
     if images.dim() != 4 or len(images) == 0:
         raise ValueError(
             f"got images of shape {tuple(images.shape)}: AutoAttack takes (N, channels, height, width) with N of 1 or "
@@ -150,7 +156,7 @@ def check_images(images: Tensor) -> None:
         )
     if not images.is_floating_point():
         raise ValueError(f"got images of type {images.dtype}, not float in [0, 1]: divide uint8 images by 255")
-    low, high = float(images.min()), float(images.max())
+    low, high = (float(value) for value in images.detach().aminmax())
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"got pixels from {low:.3g} to {high:.3g}, they must be in [0, 1]: the budget eps and the attacks' limits "

@@ -90,14 +90,13 @@ def _departures(num_classes: int, preset: str, shape: tuple[int, ...]) -> list[s
             'AutoAttack\'s and must not be called AutoAttack; measure with preset="standard".'
         )
     if num_classes == 2:
-        said.append(
-            "With 2 classes the loss of the targeted APGD is not defined: that attack was left out, and FAB had the "
-            "one wrong class as its target."
-        )
+        fab = ", and FAB had the one wrong class as its target" if "fab-t" in PRESETS[preset] else ""
+        said.append(f"With 2 classes the loss of the targeted APGD is not defined: that attack was left out{fab}.")
     elif num_classes == 3:
+        fab = ", and FAB had 2 target classes" if "fab-t" in PRESETS[preset] else ""
         said.append(
             "With 3 classes the loss of the targeted APGD is not defined: APGD on the untargeted difference of logits "
-            "ran in its place, and FAB had 2 target classes."
+            f"ran in its place{fab}."
         )
     elif num_classes <= _TARGETS and preset != "smoke":
         said.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,14 +112,27 @@ class CascadeState:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 facts = json.loads(str(stored["facts"]))
                 arrays = {name: torch.from_numpy(stored[name]) for name in stored.files if name != "facts"}
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            differing = _differing(facts["tag"], tag)
+            state = None if differing else cls._of(facts, arrays)
+        except Exception as error:  # a foreign or damaged file makes numpy, zipfile and json raise nearly anything
             raise ValueError(
-                f"cannot read {str(path)!r} as the state of an AutoAttack evaluation ({error}): delete it to start "
+                f"cannot read {str(path)!r} as the state of an AutoAttack evaluation ({error!r}): delete it to start "
                 "again, or name another state_file"
             ) from error
-        if facts["tag"] != tag:
-            raise ValueError(_other_run(path, facts["tag"], tag))
+        if state is None:
+            raise ValueError(
+                f"{str(path)!r} is the state of another evaluation, which differs in: {', '.join(differing)}. A state "
+                "goes on with the same model, images and settings only: name another state_file, or delete this one "
+                "to start again"
+            )
+        return state
+
+    @classmethod
+    def _of(cls, facts: dict[str, Any], arrays: dict[str, Tensor]) -> CascadeState:
         after = list(arrays.pop("after"))
+        per_image = [*(arrays[name] for name in (*_FLAGS, "predictions", "distances")), *after]
+        if len({len(array) for array in per_image}) != 1:
+            raise ValueError("its arrays are of different lengths")
         return cls(
             **arrays,
             batches=facts["batches"],
@@ -148,16 +160,13 @@ class CascadeState:
             )
 
 
-def _other_run(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> str:
-    differences = [
-        name if name in ("model", "images", "labels") else f"{name} (there {stored.get(name)!r}, here {value!r})"
-        for name, value in wanted.items()
-        if stored.get(name) != value
+def _differing(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What two tags differ in, in words; hashes are not shown."""
+    return [
+        name if name in ("model", "images", "labels") else f"{name} (there {there!r}, here {here!r})"
+        for name, there, here in ((name, stored.get(name), wanted.get(name)) for name in wanted | stored)
+        if there != here
     ]
-    return (
-        f"{str(path)!r} is the state of another evaluation, which differs in: {', '.join(differences)}. A state goes "
-        "on with the same model, images and settings only: name another state_file, or delete this one to start again"
-    )
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:

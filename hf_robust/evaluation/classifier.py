@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.utils import logging as transformers_logging
 
 from hf_robust.evaluation.pixel_classifier import PixelClassifier
-from hf_robust.hub_folders import check_weights, find_folder, is_path, neither_folder_nor_repository, read_config
+from hf_robust.hub_folders import check_weights, find_folder, is_path, read_config
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
 
 __all__ = ["PixelClassifier", "load_classifier"]
@@ -25,6 +25,7 @@ __all__ = ["PixelClassifier", "load_classifier"]
 _ADAPTER = "adapter_config.json"
 _RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _FILES = ("*.json", "*.safetensors")
+_PLACES = "name the folder of a classifier, such as the output folder of a fine-tuning, or a repository 'user/name'"
 
 
 def load_classifier(
@@ -87,6 +88,11 @@ def _fitting(model: Any, branch: str | None, given: dict[str, Any]) -> dict[str,
         raise ValueError(f"no norm branch {branch!r} to choose: the model has {known}; leave branch out")
     if trains and given["mean"] is not None:
         raise ValueError("a training model normalises in its first layer: leave mean and std out")
+    if (given["mean"] is None) != (given["std"] is None):
+        raise ValueError(
+            f"got mean={given['mean']} and std={given['std']}: they belong together, one of them would meet the other "
+            "of the image processor; give both or neither"
+        )
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -132,7 +138,9 @@ def _find(source: str | Path, subfolder: str | None) -> Path:
     """The folder with the configuration; of the output folder of a run the classifier in it."""
     if not is_path(source):
         return _snapshot(str(source), subfolder)
-    folder = find_folder(source, ())
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {str(folder)!r}: {_PLACES}")
     if not subfolder and not any((folder / file).is_file() for file in ("config.json", _ADAPTER)):
         for inner in ("classifier", "adapter"):
             if any((folder / inner / file).is_file() for file in ("config.json", _ADAPTER)):
@@ -142,13 +150,15 @@ def _find(source: str | Path, subfolder: str | None) -> Path:
 
 def _snapshot(repository: str, subfolder: str | None = None) -> Path:
     """What a repository holds in its root, or in one of its folders, downloaded."""
-    if not subfolder:
-        return find_folder(repository, _FILES)
+    wanted = [f"{subfolder}/{pattern}" for pattern in _FILES] if subfolder else list(_FILES)
+    others = None if subfolder else ["*/*"]
     try:
-        wanted = [f"{subfolder}/{pattern}" for pattern in _FILES]
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=wanted, ignore_patterns=others))
     except (OSError, ValueError) as error:
-        raise neither_folder_nor_repository(repository, error) from error
+        raise FileNotFoundError(
+            f"no model {repository!r}: there is no such folder, and it could not be read as a Hub repository "
+            f"({str(error).splitlines()[0]}); {_PLACES}"
+        ) from error
 
 
 def _read(folder: Path, shown: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .corruption_constants import SEVERITIES, check_corruption
 
-__all__ = ["CHECKSUMS", "identify_published", "load_published_corruptions"]
+__all__ = ["CHECKSUMS", "identify_published", "load_published_corruptions", "load_published_labels"]
 
 CHECKSUMS: dict[str, dict[str, str]] = {
     "cifar10c": {
@@ -140,6 +140,24 @@ def load_published_corruptions(source: str | os.PathLike[str], name: str, severi
     rows = slice((severity - 1) * count, severity * count)
     pixels = np.ascontiguousarray(np.moveaxis(images[rows], -1, 1))
     return torch.from_numpy(pixels), torch.from_numpy(labels[rows].astype(np.int64))
+
+
+def load_published_labels(source: str | os.PathLike[str]) -> Tensor:
+    """Read the labels, which are the same for every corruption and severity.
+
+    Args:
+        source (`str` or `PathLike`): see [`load_published_corruptions`].
+
+    Returns:
+        `torch.Tensor` of shape `(10000,)`: int64, in the order of the test set.
+
+    Raises:
+        FileNotFoundError: without labels there.
+        ValueError: for labels of neither set.
+    """
+    identify_published(source)
+    labels = _array(source, "labels")
+    return torch.from_numpy(labels[: len(labels) // len(SEVERITIES)].astype(np.int64))
 
 
 def _check_layout(source: str | os.PathLike[str], name: str, images: Any, labels: Any) -> None:

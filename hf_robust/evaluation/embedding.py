@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
-from ..attacks import PGD, frozen
+from ..attacks import PGD
 from ..data import ImageDataset
 from .accuracy import progress_bar
+from .autoattack_model import held
 from .judged_images import JudgedImages
 from .pixel_classifier import modules_inside
 from .report import format_eps
@@ -92,9 +93,9 @@ def embedding_robustness(
 ) -> EmbeddingRobustness:
     """Attack the embedding of every image and measure how far it moves; no label is needed.
 
-    PGD maximises the distance between attacked and clean embedding, from a uniform random start. It is the quantity
-    that FARE keeps small, and it speaks of every use of an encoder, where accuracy speaks of one task. Networks that
-    `features` is, belongs to or names are held in evaluation mode and without gradients, and put back.
+    PGD maximises the distance between attacked and clean embedding, from a uniform random start: the quantity that
+    FARE keeps small, and that speaks of every use of an encoder, where accuracy speaks of one task. Networks that
+    `features` is, belongs to or names are held in evaluation mode, in float32 and without gradients, and put back.
 
     Args:
         features (`Callable[[Tensor], Tensor]`): images `(N, 3, S, S)` in [0, 1] to embeddings `(N, D)`, such as
@@ -121,43 +122,74 @@ def embedding_robustness(
 
     Source: own; the loss is that of FARE (Schlarmann et al. 2024), the measure after Kowalczuk et al. 2024.
     """
-    if distance not in ("cosine", "l2"):
-        raise ValueError(f"distance must be 'cosine' or 'l2', got {distance!r}: 'cosine' ignores lengths")
-    started, source = time.perf_counter(), _unlabelled(images)
-    if n_examples is not None and n_examples < len(source):
-        generator = torch.Generator().manual_seed(seed)
-        source = source.part(torch.randperm(len(source), generator=generator)[:n_examples].sort().values)
-    attack = PGD(eps, eps / 4 if step_size is None else step_size, steps, norm)
-    networks = nn.ModuleList(modules_inside(features))
-    first = next(iter([*networks.parameters(), *networks.buffers()]), None)
-    device = torch.device(device) if device is not None else (first.device if first is not None else "cpu")
-    clean, attacked = [], []
-    with frozen(networks), progress_bar(len(source), f"embeddings of {source.name}", progress) as bar:
-        for number, start in enumerate(range(0, len(source), batch_size)):
-            rows = range(start, min(start + batch_size, len(source)))
-            x = source.pixels(rows, size, device)
-            generator = torch.Generator(x.device).manual_seed(seed * 1_000_003 + number)
-            with torch.autocast(x.device.type, enabled=False):
-                with torch.no_grad():
-                    z = _checked(features(x))
-                x_adv = attack(partial(_distance, features, z, distance), x, generator=generator)
-                with torch.no_grad():
-                    clean.append(z.cpu())
-                    attacked.append(_checked(features(x_adv)).cpu())
-            bar.update(len(rows))
-    z, z_adv = torch.cat(clean), torch.cat(attacked)
-    cosine = cosine_similarity(z, z_adv)
-    moved = (z_adv - z).norm(dim=1) / z.norm(dim=1).clamp_min(1e-12)
-    retrieved = _nearest(z_adv, z) == torch.arange(len(z))
-    budget = f"pgd{steps}_{norm}_{format_eps(eps).replace('/', '_')}"
-    metrics = {
-        f"embedding_cosine_{budget}": float(cosine.mean()),
-        f"embedding_relative_distance_{budget}": float(moved.mean()),
-        f"embedding_retrieval_{budget}_accuracy": float(retrieved.double().mean()),
-    }
-    seconds = time.perf_counter() - started
-    facts = (len(z), eps, norm, steps, attack.step_size, distance, seed, seconds, source.name)
-    return EmbeddingRobustness(metrics, *facts, cosine, moved, retrieved)
+    started, source = time.perf_counter(), _chosen(images, n_examples, batch_size, seed)
+    job = _Job(features, PGD(eps, eps / 4 if step_size is None else step_size, steps, norm), distance, seed)
+    z, z_adv = job.embed(source, size, batch_size, device, progress)
+    return job.judge(z, z_adv, source.name, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is attacked, and how."""
+
+    features: Features
+    attack: PGD
+    distance: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.distance not in ("cosine", "l2"):
+            raise ValueError(f"distance must be 'cosine' or 'l2', got {self.distance!r}: 'cosine' ignores lengths")
+
+    def embed(
+        self, source: JudgedImages, size: int | None, batch_size: int, place: str | torch.device | None, progress: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings of the clean and of the attacked images, each `(N, D)`."""
+        networks = nn.ModuleList(modules_inside(self.features))
+        first = next(iter([*networks.parameters(), *networks.buffers()]), None)
+        device = torch.device(place if place is not None else "cpu" if first is None else first.device)
+        clean, attacked = [], []
+        with held(networks), progress_bar(len(source), f"embeddings of {source.name}", progress) as bar:
+            for number, start in enumerate(range(0, len(source), batch_size)):
+                rows = range(start, min(start + batch_size, len(source)))
+                x = source.pixels(rows, size, device)
+                generator = torch.Generator(x.device).manual_seed(self.seed * 1_000_003 + number)
+                with torch.autocast(x.device.type, enabled=False):
+                    with torch.no_grad():
+                        z = _checked(self.features(x))
+                    x_adv = self.attack(partial(_distance, self.features, z, self.distance), x, generator=generator)
+                    with torch.no_grad():
+                        clean.append(z.cpu())
+                        attacked.append(_checked(self.features(x_adv)).cpu())
+                bar.update(len(rows))
+        return torch.cat(clean), torch.cat(attacked)
+
+    def judge(self, z: Tensor, z_adv: Tensor, dataset: str, seconds: float) -> EmbeddingRobustness:
+        """How far the attack moved them."""
+        eps, norm, steps = self.attack.eps, self.attack.norm, self.attack.steps
+        cosine = cosine_similarity(z, z_adv)
+        moved = (z_adv - z).norm(dim=1) / z.norm(dim=1).clamp_min(1e-12)
+        retrieved = _nearest(z_adv, z) == torch.arange(len(z))
+        budget = f"pgd{steps}_{norm}_{format_eps(eps).replace('/', '_')}"
+        metrics = {
+            f"embedding_cosine_{budget}": float(cosine.mean()),
+            f"embedding_relative_distance_{budget}": float(moved.mean()),
+            f"embedding_retrieval_{budget}_accuracy": float(retrieved.double().mean()),
+        }
+        facts = (len(z), eps, norm, steps, self.attack.step_size, self.distance, self.seed, seconds, dataset)
+        return EmbeddingRobustness(metrics, *facts, cosine, moved, retrieved)
+
+
+def _chosen(images: Any, n: int | None, batch_size: int, seed: int) -> JudgedImages:
+    """The images that are attacked."""
+    for name, value in (("n_examples", n), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}: leave it out for the default")
+    source = _unlabelled(images)
+    if n is None or n >= len(source):
+        return source
+    generator = torch.Generator().manual_seed(seed)
+    return source.part(torch.randperm(len(source), generator=generator)[:n].sort().values)
 
 
 def _unlabelled(images: Any) -> JudgedImages:
@@ -165,11 +197,21 @@ def _unlabelled(images: Any) -> JudgedImages:
     if isinstance(images, ImageDataset):
         zeros = torch.zeros(len(images), dtype=torch.int64)
         return JudgedImages(images, zeros, torch.arange(len(images)), len(images), images.name)
-    tensor = images if isinstance(images, Tensor) else images[0]
+    tensor = images[0] if isinstance(images, tuple | list) and len(images) else images
+    if not isinstance(tensor, Tensor):
+        raise ValueError(
+            f"images must be a tensor (N, C, H, W), a tuple that starts with one, or a data set of "
+            f"load_image_dataset, got {type(images).__name__}: stack a list of images by torch.stack"
+        )
     return JudgedImages.of((tensor, torch.zeros(len(tensor), dtype=torch.int64)))
 
 
-def _checked(z: Tensor) -> Tensor:
+def _checked(z: Any) -> Tensor:
+    if not isinstance(z, Tensor):
+        raise ValueError(
+            f"embeddings must be a tensor (N, D), got {type(z).__name__}: wrap the encoder in a function that picks "
+            "one, such as lambda x: model(x).pooler_output.flatten(1)"
+        )
     if z.dim() != 2 or not bool(z.isfinite().all()):
         raise ValueError(
             f"embeddings must be (N, D) and finite, got shape {tuple(z.shape)}: pool feature maps (.mean((2, 3))) and "
@@ -181,6 +223,11 @@ def _checked(z: Tensor) -> Tensor:
 def _distance(features: Features, z: Tensor, kind: str, images: Tensor) -> Tensor:
     # At zero distance neither has a gradient: the attack starts at a random point.
     z_adv = features(images).float()
+    if not z_adv.requires_grad:
+        raise ValueError(
+            "got embeddings that are cut off from the pixels, the attack needs their gradient with respect to them: "
+            "take torch.no_grad(), inference_mode() and .detach() out of the encoder and its surroundings"
+        )
     if kind == "cosine":
         return (1 - cosine_similarity(z_adv, z)).sum()
     return (z_adv - z).square().sum()

@@ -15,7 +15,7 @@ from typing import Any
 
 import hf_robust
 
-__all__ = ["collect_environment", "command_line", "redact"]
+__all__ = ["collect_environment", "command_line", "holds_secret", "redact"]
 
 REDACTED = "REDACTED"
 _PACKAGES = ("torch", "torchvision", "transformers", "timm", "huggingface_hub", "accelerate", "datasets", "numpy")
@@ -40,6 +40,15 @@ def redact(text: str) -> str:
     if len(home) > 1:
         text = re.sub(rf"(?<![\w.~]){re.escape(home)}(?![\w.-])", "~", text)
     return _HOME.sub("~", text)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text holds what looks like an access token, or a login inside an address.
+
+    Args:
+        text (`str`): any text.
+    """
+    return bool(_TOKEN.search(text) or _URL_LOGIN.search(text.replace(f"{REDACTED}@", "")))
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:

@@ -22,13 +22,12 @@ from .pixel_classifier import PixelClassifier
 from .probe import stratified_indices
 from .report import attack_metric_name, binomial_interval, format_eps
 
-__all__ = ["EvaluationJob", "published_row"]
+__all__ = ["PRESETS", "EvaluationJob", "published_row"]
 
 _CURVE_STEPS = 20
 _CURVE = tuple(levels / 255 for levels in (1, 2, 4, 8, 12, 16, 24, 32))
 _L2_CURVE = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # times the budget
-_AUTOATTACK = {"standard": "autoattack", "fast": "autoattackfast", "smoke": "autoattacksmoke"}
-_STAYS_UP = 0.05  # accuracy at the largest budget that asks for an explanation
+PRESETS = {"standard": "autoattack", "fast": "autoattackfast", "smoke": "autoattacksmoke"}
 
 
 @dataclass
@@ -101,7 +100,7 @@ class EvaluationJob:
         """Accuracy under AutoAttack, or under the preset that is a part of it."""
         from .autoattack import autoattack
 
-        name = _AUTOATTACK[self.preset]
+        name = PRESETS[self.preset]
         metric = attack_metric_name(name, self.norm, self.eps)
         rows = range(len(self.images))
         found = autoattack(
@@ -149,8 +148,11 @@ class EvaluationJob:
                 indices = stratified_indices(labels, len(self.images), self.seed).tolist()
         size = self.classifier.image_size or max(self.images.image_size)
         started = time.perf_counter()
+        logits: Any = self.classifier
+        if self.images.channels == 1:  # corrupted images have colours, the network takes none
+            logits = lambda x: self.classifier(x.mean(1, keepdim=True))  # noqa: E731
         found = corruption_accuracy(
-            self.classifier,
+            logits,
             data,
             size=size,
             indices=indices,
@@ -176,7 +178,7 @@ class EvaluationJob:
 
     def curve(self, n: int) -> None:
         """PGD-20 over growing budgets, on a part of the images: with a large one every attack that works wins."""
-        from .robustness_pictures import curve_remark
+        from .robustness_pictures import curve_doubtful, curve_remark
 
         labels = self.images.labels
         images = self.images
@@ -195,13 +197,10 @@ class EvaluationJob:
             seconds += found.seconds
         passes = (len(points) - 1) * len(images)
         self._note("curve", seconds, passes * (_CURVE_STEPS + 1), passes * _CURVE_STEPS)
-        remark = curve_remark({eps: accuracy for eps, accuracy in points}, len(images), self.norm)
+        curve = {eps: accuracy for eps, accuracy in points}
+        remark = curve_remark(curve, len(images), self.norm)
         self.found["curve"] = {"points": points, "n": len(images), "steps": _CURVE_STEPS, "remark": remark}
-        rises = any(
-            binomial_interval(after, len(images))[0] > binomial_interval(before, len(images))[1]
-            for (_, before), (_, after) in zip(points, points[1:], strict=False)
-        )
-        if rises or (self.norm == "linf" and binomial_interval(points[-1][1], len(images))[0] > _STAYS_UP):
+        if curve_doubtful(curve, len(images), self.norm):
             self.warnings.append(remark)
 
     def report(self, split: str | None = None, command: str | None = None) -> EvaluationReport:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from ..attacks import PGD
 from .accuracy import progress_bar
+from .autoattack_state import LOGITS_TOLERANCE
 from .judged_images import JudgedImages
 from .report import write_text
 
@@ -56,7 +57,8 @@ class EvaluationParts:
 
     Args:
         folder (`Path`, *optional*): where; default: nothing is noted.
-        tag (`dict`): what the notes belong to; plain JSON values.
+        tag (`dict`): what the notes belong to; plain JSON values. Of `logits`, which the model gives to the first
+            image, a rounding error is let pass.
         resume (`bool`, defaults to `True`): go on from notes that are there, else throw them away.
 
     Raises:
@@ -72,7 +74,7 @@ class EvaluationParts:
         if world()[1] > 1:
             dist.barrier()
         file = folder / _TAG
-        if file.is_file():
+        if file.is_file() and any(path != file for path in folder.iterdir()):  # else there is nothing to lose
             self._compare(file, tag)
         if world()[1] > 1:
             dist.barrier()  # nobody writes before all have compared
@@ -85,12 +87,14 @@ class EvaluationParts:
             stored = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
             stored = {}
-        differing = [key for key in tag if stored.get(key) != tag[key]]
-        if differing:
-            told = ", ".join(f"{key} (there {stored.get(key)!r}, here {tag[key]!r})" for key in differing)
+        differing = [key for key in tag if key != "logits" and stored.get(key) != tag[key]]
+        told = [f"{key} (there {stored.get(key)!r}, here {tag[key]!r})" for key in differing]
+        if not differing and "logits" in tag and not _alike(stored.get("logits"), tag["logits"]):
+            told = ["what the model answers to the first image (its weights are the same)"]
+        if told:
             raise ValueError(
-                f"{str(file.parent.parent)!r} holds an evaluation that differs in {told}: give another output_dir, or "
-                "resume=False to throw that one away"
+                f"{str(file.parent.parent)!r} holds an evaluation that differs in {', '.join(told)}: give another "
+                "output_dir, or throw that one away with resume=False (--resume false)"
             )
 
     def load(self, part: str, number: int) -> Any:
@@ -111,6 +115,15 @@ class EvaluationParts:
     def file(self, name: str) -> Path | None:
         """Place of another file of the same evaluation."""
         return None if self.folder is None else self.folder / name
+
+
+def _alike(stored: Any, logits: list[float]) -> bool:
+    if not isinstance(stored, list) or len(stored) != len(logits):
+        return False
+    there, here = torch.tensor(stored), torch.tensor(logits)
+    both = torch.equal(there.isfinite(), here.isfinite())
+    spread = float(here.max() - here.min())
+    return both and (not here.isfinite().all() or float((there - here).abs().max()) <= LOGITS_TOLERANCE * spread)
 
 
 def predict(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .environment import redact
 from .report import binomial_interval, describe_metric, write_text
+from .report_texts import metric_title
 
 __all__ = ["EvaluationReport"]
 
@@ -184,10 +185,24 @@ class EvaluationReport:
             protocol (`str`, defaults to `"evaluation"`): such as `"fine-tuned by SLF"`, for the card of an encoder.
 
         Returns:
-            `dict`: metrics, where `accuracy` has the name that cards use, `standard_accuracy`.
+            `dict`: metrics, where `accuracy` has the name that cards use, `standard_accuracy`; their intervals, how
+            they were measured and what limits them.
         """
         named = {("standard_accuracy" if key == "accuracy" else key): value for key, value in self.metrics.items()}
         dataset = {key: self.dataset[key] for key in ("name", "split", "hub_id") if self.dataset.get(key)}
+        corrupted = int(self.corruptions.get("n") or self.n)
+        notes = [str(self.corruptions.get("name") or ""), *map(str, self.corruptions.get("notes") or ())]
+        known = {
+            "intervals": {("standard_accuracy" if key == "accuracy" else key): v for key, v in self.intervals.items()},
+            "n_of": {key: corrupted for key in named if "mean_accuracy" in key and corrupted != self.n},
+            "attack": self._pgd(),
+            "autoattack": [str(stage["name"]) for stage in self.stages],
+            "corruptions": "; ".join(note for note in notes if note),
+            "warnings": list(self.warnings),
+            "command": self.command,
+            "commit": self.commit,
+            "date": self.date,
+        }
         return {
             "model": model or self.model.get("name"),
             "metrics": named,
@@ -197,11 +212,19 @@ class EvaluationReport:
             "batch_size": self.batch_size,
             "dataset": dataset,
             "seconds": sum(self.seconds.values()),
+            **{key: value for key, value in known.items() if value},
         }
+
+    def _pgd(self) -> dict[str, Any]:
+        """How PGD was run, where it was: the step is a quarter of the budget."""
+        if not any(str(describe_metric(name).get("attack", "")).startswith("pgd") for name in self.metrics):
+            return {}
+        step = {"norm": self.norm, "eps": self.eps, "step_size": self.eps / 4}
+        return {**step, "random_start": True, "loss": "cross-entropy", "iterate": "last"}
 
 
 def _title(name: str) -> str:
-    return {"accuracy": "Standard accuracy"}.get(name) or describe_metric(name)["title"]
+    return {"accuracy": "Standard accuracy"}.get(name) or metric_title(name)
 
 
 def _redacted(value: Any) -> Any:

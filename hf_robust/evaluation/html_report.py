@@ -135,6 +135,8 @@ def _metrics(values: Mapping[str, Any]) -> str:
         "The interval says how far another draw of as many images could move the figure; it does not cover another "
         "training run."
     )
+    seconds = sum((values.get("seconds") or {}).values())
+    note += f" Measured in {_seconds(seconds)} of computing." if seconds else ""
     headings = ("metric", "accuracy", "95 % interval", "images", "seed")
     return section("Results", table(headings, rows, "Metrics of the evaluation"), paragraph(note, "note"))
 
@@ -184,6 +186,8 @@ def _threat_model(values: Mapping[str, Any]) -> str:
         ("meaning", NORMS.get(str(norm), norm)),
         ("attacker", "knows the model and its weights and changes each test image; the training data stay clean"),
     ]
+    if any(name.startswith("pgd") for name in attacked):
+        entries.append(("PGD", "from a random start in the budget, steps of a quarter of it, the last image counts"))
     if any(name.startswith("autoattack") for name in attacked):
         preset = str(values.get("preset") or "")
         entries.append(("AutoAttack", f"{preset}: {PRESETS[preset]}" if preset in PRESETS else preset))

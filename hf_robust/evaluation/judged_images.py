@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ class JudgedImages:
                     f"an accuracy needs labels, {dataset.name!r} has none: name its label column (label_column=...), "
                     "or measure its encoder by embedding_robustness"
                 )
-            labels, name, names = dataset.labels.cpu(), dataset.name, dataset.label_names
+            labels, name = dataset.labels.cpu(), dataset.name
+            names = tuple(map(str, dataset.label_names)) if dataset.label_names else None
         else:
             raise ValueError(
                 f"dataset must be one of load_image_dataset or a pair (images, labels) of tensors, got "
@@ -82,6 +83,18 @@ class JudgedImages:
         source = self.source[rows] if isinstance(self.source, Tensor) else self.source.subset(rows)
         return JudgedImages(source, self.labels[rows], self.indices[rows], self.n_total, self.name, self.label_names)
 
+    def numbered_as(self, names: Sequence[str]) -> JudgedImages:
+        """The same images with the numbers that their classes have in `names`.
+
+        Args:
+            names (`Sequence[str]`): with every one of `label_names`.
+        """
+        numbers = torch.tensor([names.index(name) for name in self.label_names or ()])
+        labels = numbers[self.labels]
+        stored = isinstance(self.source, ImageDataset)
+        source = self.source.relabelled(labels, names) if stored else self.source
+        return replace(self, source=source, labels=labels, label_names=tuple(names))
+
     def stored(self) -> ImageDataset:
         """The images as a data set of 8 bits per colour, grey ones as RGB."""
         if isinstance(self.source, ImageDataset):
@@ -95,6 +108,11 @@ class JudgedImages:
         """`(H, W)` of the images as they are stored."""
         height, width = self.source.shape[-2:] if isinstance(self.source, Tensor) else self.source.image_size
         return int(height), int(width)
+
+    @property
+    def channels(self) -> int:
+        """Colours of an image: 1 for grey ones in a tensor."""
+        return int(self.source.shape[1]) if isinstance(self.source, Tensor) else 3
 
     def pixels(self, rows: range, size: int | None, device: torch.device | str = "cpu") -> Tensor:
         """A batch of images.
@@ -119,7 +137,7 @@ class JudgedImages:
         return Views(size=size)(batch, ["original"], generator=generator)["original"].contiguous()
 
     def fingerprint(self) -> str:
-        """A short hash of which images these are; of large sets the first and the last image stand for all pixels.
+        """A short hash of which images these are; of large sets some 64 of them stand for all pixels.
 
         Returns:
             `str`: 16 hexadecimal digits.
@@ -127,8 +145,8 @@ class JudgedImages:
         digest = hashlib.sha256(repr((self.name, self.image_size, self.n_total)).encode())
         for tensor in (self.indices, self.labels):
             digest.update(tensor.contiguous().numpy().tobytes())
-        for rows in (range(0, 1), range(len(self) - 1, len(self))):
-            digest.update(self.pixels(rows, None).cpu().numpy().tobytes())
+        for row in {*range(0, len(self), -(-len(self) // 64)), len(self) - 1}:
+            digest.update(self.pixels(range(row, row + 1), None).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

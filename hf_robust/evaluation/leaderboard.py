@@ -28,6 +28,7 @@ FINE_TUNINGS = ("vanilla", "autolora")
 # What the site calls robust accuracy is AutoAttack's at the budget of the benchmark.
 AUTOATTACK = "autoattack_linf_8_255_accuracy"
 _SIMILAR = 0.85  # a slip of the pen; "ACL-AIR" and "DynACL-AIR" are 0.8 alike and different methods
+_LONG = 8  # letters; in shorter names one letter makes another method: "FACL" is not ACL, "AdvACL" not AdvCL
 _FORMATS = ("jpeg", "jpg", "png", "parquet", "images", "32")  # how a folder may be called, beside its data set
 
 
@@ -141,7 +142,7 @@ def closest_method(name: str) -> str | None:
     """Read a method's name as the leaderboard spells it.
 
     Case, hyphens, underscores and the order of the parts do not matter (`"air_dynacl"`, `"A-INFONCE"`), and a slip of
-    the pen is read past. `"++"` stands for post-processing and is never added or dropped.
+    the pen in a long name is read past. `"++"` stands for post-processing and is never added or dropped.
 
     Args:
         name (`str`): such as the `objective` of a report, with its coreset: `"DynACL-RCS"`.
@@ -155,7 +156,7 @@ def closest_method(name: str) -> str | None:
         if parts in known:
             return known[parts]
     # Names are put together from parts: a slip of the pen is one letter, what is longer or shorter has another part.
-    alike = [word for word in known if abs(len(word) - len(plain)) <= 1]
+    alike = [word for word in known if abs(len(word) - len(plain)) <= 1 and len(plain) >= _LONG]
     close = difflib.get_close_matches(plain, alike, n=1, cutoff=_SIMILAR)
     return known[close[0]] if close else None
 

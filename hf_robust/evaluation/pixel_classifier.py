@@ -7,6 +7,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -18,6 +19,9 @@ from hf_robust.attacks import frozen
 from hf_robust.models.modeling import RobustModelForPreTraining
 
 __all__ = ["PixelClassifier", "logits_of", "modules_inside"]
+
+_DEEP = 4  # steps from a function to its networks: a function in an object in a list
+_EMPTY = types.CellType()  # of a variable that has no value yet
 
 
 def logits_of(output: Any) -> Tensor:
@@ -56,21 +60,50 @@ def modules_inside(function: Callable[..., Any]) -> list[nn.Module]:
     """Networks that a function stands for: itself, the object it belongs to, or what it names.
 
     Args:
-        function (`Callable`): a module, a bound method, a partial function or a lambda such as
-            `lambda x: model(x).logits`.
+        function (`Callable`): a module, a bound method, a partial function, an object that is called, or a lambda such
+            as `lambda x: model(x).logits`; also with several networks in a list or a dictionary.
 
     Returns:
         `list[nn.Module]`: without repetition.
     """
-    seen: list[Any] = [function, getattr(function, "__self__", None)]
-    if isinstance(function, functools.partial):
-        for part in (function.func, *function.args, *function.keywords.values()):
-            seen += modules_inside(part) if callable(part) else []
-    elif inspect.isfunction(function):
-        names = inspect.getclosurevars(function)
-        seen += [*names.nonlocals.values(), *names.globals.values()]
-    found = [item for item in seen if isinstance(item, nn.Module)]
-    return list({id(item): item for item in found}.values())
+    found: dict[int, nn.Module] = {}
+    _collect(function, found, set(), _DEEP)
+    return list(found.values())
+
+
+def _collect(thing: Any, found: dict[int, nn.Module], seen: set[int], depth: int) -> None:
+    if id(thing) in seen or depth < 0:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, nn.Module):
+        found[id(thing)] = thing
+    else:
+        for part in _parts(thing):
+            _collect(part, found, seen, depth - 1)
+
+
+def _parts(thing: Any) -> list[Any]:
+    """What a function, or something that it uses, is made of."""
+    if isinstance(thing, functools.partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, list | tuple | set):
+        return list(thing)
+    if isinstance(thing, dict):
+        return list(thing.values())
+    if inspect.ismethod(thing):
+        return [thing.__self__, thing.__func__]
+    if inspect.isfunction(thing):
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if cell != _EMPTY]
+        return [*cells, *(thing.__globals__[name] for name in _names(thing.__code__) if name in thing.__globals__)]
+    foreign = (
+        inspect.ismodule(thing) or inspect.isclass(thing) or type(thing).__module__.startswith(("torch", "builtins"))
+    )
+    return [] if foreign else list(getattr(thing, "__dict__", {}).values())
+
+
+def _names(code: Any) -> set[str]:
+    """Names that a function looks up, also in comprehensions and functions inside of it."""
+    return set(code.co_names).union(*(_names(c) for c in code.co_consts if inspect.iscode(c)))
 
 
 class PixelClassifier(nn.Module):
@@ -119,10 +152,10 @@ class PixelClassifier(nn.Module):
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if (mean is None) != (std is None) or (std is not None and not all(std)):
+        if (mean is None) != (std is None) or (std is not None and not (all(std) and len(std) == len(mean or ()))):
             raise ValueError(
-                f"mean={mean} and std={std} belong together, std without zeros: pass both, or neither for a network "
-                "that normalises by itself"
+                f"mean={mean} and std={std} belong together, one number per colour each, std without zeros: pass "
+                "both, or neither for a network that normalises by itself"
             )
         self.notes: list[str] = []  # sentences for the report
         self.model = self._float32(model) if isinstance(model, nn.Module) else None

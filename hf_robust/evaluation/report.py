@@ -25,6 +25,7 @@ _CASCADES = {  # only the whole one may be called AutoAttack
     "autoattacksmoke": "AutoAttack cut short,",
 }
 _NORMS = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
+_SPELLED = {"cifar10c": "CIFAR-10-C", "cifar100c": "CIFAR-100-C"}
 _ATTACK_METRIC = re.compile(r"(?P<attack>[a-z0-9]+)_(?P<norm>linf|l2|l1)_(?P<eps>\d+_255|[0-9.e-]+)_accuracy")
 
 
@@ -78,8 +79,8 @@ def describe_metric(name: str) -> dict[str, str]:
     """
     match = _ATTACK_METRIC.fullmatch(name)
     if match is None:
-        words = name.replace("_", " ")
-        return {"title": words[:1].upper() + words[1:]}
+        first, *words = name.split("_")
+        return {"title": " ".join([_SPELLED.get(first, first[:1].upper() + first[1:]), *words])}
     eps = match["eps"].replace("_", "/")
     attack = _CASCADES.get(match["attack"]) or re.sub(r"(?<=\D)(?=\d)", "-", match["attack"]).upper()
     title = f"{attack} accuracy ({_NORMS[match['norm']]}, eps {eps})"
@@ -152,7 +153,10 @@ class EncoderReport:
             `pool_images`, `validation_images` set apart, `warmup_epochs` on all images, `selections`,
             `selection_seconds`, and `training_seconds` without these.
         results (`list[dict]`): one entry per model and protocol: `model`, `metrics` (accuracies in [0, 1], names of
-            `attack_metric_name`), `protocol`, `n_train`, `n_eval`, `seed`; *optional* `attack`, `dataset`, `split`.
+            `attack_metric_name`), `protocol`, `n_train`, `n_eval`, `seed`; *optional* `attack`, `dataset`, `split`,
+            `n_of` (images of single metrics, where they differ), `intervals`, `autoattack` (names of its attacks),
+            `corruptions` (what they are), `warnings`, `pictures`, and `command`, `commit`, `date` of a measurement
+            that was not part of the training run.
             The entry whose `model` equals `name` is this encoder's, the others are its contrast.
         command (`str`, *optional*): the command line that made it.
         commit (`str`, *optional*): commit of the hf_robust source tree.
@@ -167,6 +171,8 @@ class EncoderReport:
         encoder (`dict`): what it started from: `name`, *optional* `hub_id`, `objective` (name of the method),
             `dataset` (its name), `exported_format`.
         label_names (`list[str]`): of a classifier, one name per class in the order of the outputs.
+        converted_from (`dict`): of weights that others trained and published: `format`, `file` (its name), `sha256`,
+            `branch`, `source` (the repository whose code writes such files), `notes` (`list[str]`).
 
     Raises:
         ValueError: for an unknown `exported_format` or `task`, an adapter without its encoder, an accuracy outside
@@ -198,6 +204,7 @@ class EncoderReport:
     task: str = "encoder"
     encoder: dict[str, Any] = field(default_factory=dict)
     label_names: list[str] = field(default_factory=list)
+    converted_from: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for entry in fields(self):

@@ -59,6 +59,7 @@ _METRICS = MappingProxyType(
         "generated_corruptions_mean_accuracy": "Generated corruptions, mean accuracy (not the published images)",
     }
 )
+_PARTS = MappingProxyType({"fast": "AutoAttack's two APGD attacks", "smoke": "AutoAttack cut short"})
 _SHORT = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 _RESNET18 = 11.2e6  # parameters, with a head of 10 classes
 _TEST_IMAGES = 8000  # of STL-10, the smallest test set of the leaderboard
@@ -81,7 +82,7 @@ def kind_title(kind: str, preset: str | None = "standard") -> str:
         preset (`str`, *optional*): of AutoAttack; a part of it is not called by the name of the whole.
     """
     if kind == "autoattack":
-        return "AutoAttack" if preset in (None, "standard") else f"AutoAttack, {preset}"
+        return _PARTS.get(str(preset), "AutoAttack")
     return re.sub(r"^pgd(\d+)$", r"PGD-\1", kind).replace("_", " ")
 
 
@@ -162,13 +163,16 @@ def reservations(report: Any, row: Mapping[str, Any]) -> list[str]:
     parameters = report_fields(values.get("model")).get("parameters")
     if parameters and not 0.9 < parameters / _RESNET18 < 1.1:
         said.append(
-            f"Ours has {parameters / 1e6:.1f} million parameters, a ResNet-18 {_RESNET18 / 1e6:.1f} million: another "
-            "network."
+            f"Ours has {_millions(parameters)} parameters, a ResNet-18 {_RESNET18 / 1e6:.1f} million: another network."
         )
     size = report_fields(values.get("dataset")).get("image_size")
     if size and row.get("image_size") and size != row["image_size"]:
         said.append(f"Ours saw images of {size} pixels, published are {row['image_size']}.")
     return [*said, *([str(row["note"])] if row.get("note") else [])]
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.1f} million" if count >= 1e5 else f"{count:,.0f}"
 
 
 def report_fields(report: Any) -> dict[str, Any]:
@@ -195,9 +199,12 @@ def title_of(part: Any, default: str) -> str:
 
 
 def images_of(values: Mapping[str, Any], metric: str) -> int | None:
-    """Count the images behind a metric: the report's `n`, for all metrics or by name."""
+    """Count the images behind a metric: the report's `n`, for all metrics or by name; of corruptions in each cell."""
     n = values.get("n")
-    return n.get(metric) if isinstance(n, Mapping) else n
+    if isinstance(n, Mapping):
+        return n.get(metric)
+    cell = report_fields(values.get("corruptions")).get("n") if metric.endswith("_mean_accuracy") else None
+    return n if cell is None else int(cell)
 
 
 def interval_of(values: Mapping[str, Any], metric: str) -> tuple[float, float] | None:

@@ -16,14 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..attacks import PGD
 from ..data import ImageDataset
 from .classifier import PixelClassifier, load_classifier
-from .evaluation_job import EvaluationJob
+from .evaluation_job import PRESETS, EvaluationJob
 from .evaluation_parts import EvaluationParts, world
 from .evaluation_report import EvaluationReport
 from .judged_images import JudgedImages
+from .report import format_eps
 
-__all__ = ["METRICS", "evaluate_robustness", "plan_metrics"]
+__all__ = ["METRICS", "check_needs", "check_settings", "evaluate_robustness", "plan_metrics"]
 
 METRICS = ("accuracy", "pgd20", "autoattack", "corruptions")
 _PGD = re.compile(r"pgd(\d+)")
@@ -86,18 +88,22 @@ def evaluate_robustness(
     Raises:
         ImportError: for `"autoattack"` without the extra `[eval]`.
         FileNotFoundError: when there is no such model.
-        ValueError: for an unknown metric, images that are normalised already, labels that the model does not have,
-            logits that are not finite, or an `output_dir` of another evaluation.
+        ValueError: for an unknown metric or an impossible setting, images that are normalised already, labels that
+            the model does not have, logits that are not finite, or an `output_dir` of another evaluation.
 
     Source: the metrics of RobustSSL_Benchmark@19dc714, `Finetuning_Methods/Vanilla_Finetuning/utils.py`, where "robust
         accuracy" is standard AutoAttack at 8/255.
     """
     plan = plan_metrics(metrics, norm)
+    check_settings(eps, norm, preset, batch_size=batch_size, seed=seed, curve_examples=curve_examples)
+    check_needs(plan, corruptions)
     classifier = _placed(load_classifier(model, **loading), model, device)
     images = JudgedImages.of(dataset, n_examples, seed)
-    notes = [*classifier.notes, *_mode_note(model, classifier)]
+    notes = [*classifier.notes, *_mode_note(model, classifier), *_budget_note(eps, norm)]
     with classifier.held():
-        notes += _check_fit(classifier, images)
+        images, renamed = _numbered_alike(classifier, images)
+        notes += renamed
+        logits = _check_fit(classifier, images)
         size = classifier.image_size
         tag = {
             "model": classifier.fingerprint(),
@@ -106,6 +112,7 @@ def evaluate_robustness(
             "image_size": size,
             "seed": seed,
             "batch_size": batch_size,
+            "logits": logits.tolist(),
         }
         folder = None if output_dir is None else Path(output_dir)
         parts = EvaluationParts(None if folder is None else folder / "state", tag, resume)
@@ -145,6 +152,8 @@ def plan_metrics(metrics: Sequence[str], norm: str = "linf") -> list[str]:
         if match is None and name not in METRICS:
             close = difflib.get_close_matches(name, METRICS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
+            if "," in name:
+                raise ValueError(f"metrics stand apart, got {name!r}: leave spaces between them, without commas")
             raise ValueError(f"unknown metric {name!r}: {hint}known are {', '.join(METRICS)} (pgdN: N steps)")
         if match and (norm == "l1" or int(match[1]) < 1):
             raise ValueError(
@@ -152,6 +161,60 @@ def plan_metrics(metrics: Sequence[str], norm: str = "linf") -> list[str]:
             )
     order = ("accuracy", "pgd", "corruptions", "autoattack")
     return sorted(dict.fromkeys(names), key=lambda name: next(k for k, o in enumerate(order) if name.startswith(o)))
+
+
+def check_settings(
+    eps: float, norm: str, preset: str, *, batch_size: int = 128, seed: int = 0, curve_examples: int = 200
+) -> None:
+    """Refuse settings that a part of the evaluation would refuse after hours.
+
+    Args:
+        eps, norm, preset, batch_size, seed, curve_examples: see [`evaluate_robustness`].
+
+    Raises:
+        ValueError: for a value outside of its range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}: 'standard' is AutoAttack")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+        ("curve_examples", curve_examples, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more, got {value}: leave it out for the default")
+    if norm == "l1" and not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be positive, got {eps}: common for l1 on CIFAR-10 is 12")
+    if norm != "l1":
+        PGD(eps, eps / 4, 1, norm)  # type: ignore[arg-type]
+
+
+def check_needs(plan: Sequence[str], corruptions: str | Path | None = None) -> None:
+    """Look for what metrics need from outside now, not when their turn comes.
+
+    Args:
+        plan (`Sequence[str]`): metrics.
+        corruptions (`str` or `Path`, *optional*): the published arrays.
+
+    Raises:
+        ImportError: for `"autoattack"` without the extra `[eval]`.
+        FileNotFoundError: when the arrays are not there.
+        ValueError: for other arrays, or arrays without the metric.
+    """
+    if "autoattack" in plan:
+        from .autoattack import _package
+
+        _package()
+    if corruptions is None:
+        return
+    if "corruptions" not in plan:
+        raise ValueError(
+            f"corruptions={str(corruptions)!r} are images for the metric 'corruptions', which is not asked for "
+            f"({', '.join(plan)}): add it to metrics, or leave them out"
+        )
+    from .corruptions import load_published_corruptions
+
+    load_published_corruptions(corruptions, "brightness", 1)
 
 
 def _placed(classifier: PixelClassifier, source: Any, device: str | torch.device | None) -> PixelClassifier:
@@ -168,6 +231,17 @@ def _placed(classifier: PixelClassifier, source: Any, device: str | torch.device
     return classifier
 
 
+def _budget_note(eps: float, norm: str) -> list[str]:
+    """The default of one norm is next to nothing in another."""
+    usual = {"l2": 0.5, "l1": 12}.get(norm)
+    if usual is None or eps >= usual / 10:
+        return []
+    return [
+        f"The budget eps {format_eps(eps)} is that of the whole image in {norm.upper()}, where {usual} is usual on "
+        "CIFAR-10: attacks can hardly change anything, so accuracies under attack say little."
+    ]
+
+
 def _mode_note(source: Any, classifier: PixelClassifier) -> list[str]:
     """Worth a sentence only where the mode changes what a layer does."""
     layers = [layer for network in classifier.networks for layer in network.modules() if layer.training]
@@ -177,25 +251,44 @@ def _mode_note(source: Any, classifier: PixelClassifier) -> list[str]:
     return ["The model came in training mode; it was evaluated in evaluation mode, and put back afterwards."]
 
 
+def _numbered_alike(classifier: PixelClassifier, images: JudgedImages) -> tuple[JudgedImages, list[str]]:
+    """The images with the numbers that the model gives to their classes; what is worth a note."""
+    ours, theirs = classifier.label_names, images.label_names
+    if not ours or not theirs or theirs == ours:
+        return images, []
+    unique = len(set(ours)) == len(ours) and len(set(theirs)) == len(theirs) > int(images.labels.max())
+    if unique and set(theirs) <= set(ours):  # in another order, or without some: a split may lack a class
+        return images.numbered_as(ours), []
+    for name in theirs:
+        if unique and name in ours and ours.index(name) != theirs.index(name):
+            raise ValueError(
+                f"the class {name!r} is number {ours.index(name)} of the model and number {theirs.index(name)} of "
+                f"{images.name!r}, which would count right answers as wrong: evaluate on the data set it was trained "
+                "for, or give the classes the names that the model has"
+            )
+    return images, [
+        f"The classes of the model are called {', '.join(ours[:3])} ..., those of the data set "
+        f"{', '.join(theirs[:3])} ...: they are compared by their numbers."
+    ]
+
+
 @torch.no_grad()
-def _check_fit(classifier: PixelClassifier, images: JudgedImages) -> list[str]:
-    """Whether logits and labels belong together, by one image; what is worth a note."""
-    logits = classifier(images.pixels(range(0, 1), classifier.image_size, classifier.device))
+def _check_fit(classifier: PixelClassifier, images: JudgedImages) -> Tensor:
+    """Whether the model takes these images and has their labels, by one image; its logits."""
+    x = images.pixels(range(0, 1), classifier.image_size, classifier.device)
+    try:
+        logits = classifier(x)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model cannot classify an image of the shape {tuple(x.shape[1:])} ({str(error).splitlines()[0]}): "
+            "give image_size, or images with as many colours as it takes"
+        ) from error
     classes, highest = logits.shape[1], int(images.labels.max())
     if highest >= classes:
         raise ValueError(
             f"the labels of {images.name!r} go up to {highest} and the model has {classes} outputs, labels must be in "
             f"0..{classes - 1}: evaluate on the data set it was trained for, or number the classes from 0"
         )
-    ours, theirs = classifier.label_names, images.label_names
-    if not ours or not theirs or tuple(map(str, theirs)) == ours:
-        return []
-    if sorted(map(str, theirs)) == sorted(ours):
-        raise ValueError(
-            f"model and {images.name!r} have the same classes in another order ({', '.join(ours[:3])} ... and "
-            f"{', '.join(map(str, theirs[:3]))} ...), which would count right answers as wrong: renumber the labels"
-        )
-    return [
-        f"The classes of the model are called {', '.join(ours[:3])} ..., those of the data set "
-        f"{', '.join(map(str, theirs[:3]))} ...: they are compared by their numbers."
-    ]
+    return logits[0].cpu()

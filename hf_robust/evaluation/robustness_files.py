@@ -9,16 +9,16 @@ import torch
 
 from ..attacks import PGD
 from .evaluation_report import EvaluationReport
-from .html_report import write_html_report
+from .html_report import PICTURES, write_html_report
 from .judged_images import JudgedImages
 from .pictures import plot_examples
 from .pixel_classifier import PixelClassifier
 from .report import describe_metric
+from .report_texts import kind_title
 from .robustness_pictures import plot_class_bars, plot_corruptions, plot_robustness_curve
 
-__all__ = ["PICTURES", "write_evaluation"]
+__all__ = ["write_evaluation"]
 
-PICTURES = ("robustness_curve.png", "corruptions.png", "classes.png", "examples.png")
 _SHOWN, _LOOKED_AT = 5, 500  # rows of examples.png, and images among which they are chosen
 
 
@@ -65,9 +65,8 @@ def write_evaluation(
 
 
 def _draw_classes(report: EvaluationReport, folder: Path) -> None:
-    kinds = {"clean": "clean", "autoattack": {"standard": "AutoAttack"}.get(report.preset, "AutoAttack's attacks")}
     accuracies = {
-        kinds.get(kind, kind.upper().replace("PGD", "PGD-")): [math.nan if v is None else v for v in values]
+        kind_title(kind, report.preset): [math.nan if v is None else v for v in values]
         for kind, values in report.classes["accuracies"].items()
     }
     plot_class_bars(

@@ -15,7 +15,7 @@ from typing import Any
 from .picture_style import COLOURS, INK, MUTED, STYLES, picture_style, save_picture
 from .report import binomial_interval, format_eps
 
-__all__ = ["curve_remark", "plot_class_bars", "plot_corruptions", "plot_robustness_curve"]
+__all__ = ["curve_doubtful", "curve_remark", "plot_class_bars", "plot_corruptions", "plot_robustness_curve"]
 
 WIDTH = 5.4  # inches
 GAP = 0.12  # cells between the heat map and its means
@@ -28,7 +28,7 @@ FAMILIES = (
     ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
     ("speckle_noise", "gaussian_blur", "spatter", "saturate"),
 )
-_FALLEN = 0.1  # accuracy below which a curve counts as fallen
+_FALLEN = 0.05  # accuracy below which a curve counts as fallen
 _LARGE_EPS = 24 / 255  # an attack of this size leaves little of a small natural image's class
 
 Curve = Mapping[float, float]
@@ -98,16 +98,16 @@ def curve_remark(curve: Curve, n: int, norm: str = "linf") -> str:
         `str`: one sentence or two. Whether the curve rises by more than its intervals or has not fallen at the
             largest budget is judged; a set of easy images may stay up honestly, which the sentence says.
     """
-    points = sorted(curve.items())
-    for (eps, before), (next_eps, after) in zip(points, points[1:], strict=False):
-        if binomial_interval(after, n)[0] > binomial_interval(before, n)[1]:
-            return (
-                f"The accuracy rises from {_percent(before)} at eps {format_eps(eps)} to {_percent(after)} at eps "
-                f"{format_eps(next_eps)}. A larger budget can only help an attack: the attack fails here, so do not "
-                "trust these accuracies (masked gradients)."
-            )
-    eps, last = points[-1]
-    if binomial_interval(last, n)[0] <= _FALLEN:
+    rise = _rise(curve, n)
+    if rise is not None:
+        (eps, before), (next_eps, after) = rise
+        return (
+            f"The accuracy rises from {_percent(before)} at eps {format_eps(eps)} to {_percent(after)} at eps "
+            f"{format_eps(next_eps)}. A larger budget can only help an attack: the attack fails here, so do not "
+            "trust these accuracies (masked gradients)."
+        )
+    eps, last = max(curve.items())
+    if _fallen(last, n):
         return f"The accuracy falls to {_percent(last)} at eps {format_eps(eps)}, as it does where the attack works."
     if norm != "linf" or eps < _LARGE_EPS:
         return (
@@ -119,6 +119,29 @@ def curve_remark(curve: Curve, n: int, norm: str = "linf") -> str:
         "gradients: the attack fails rather than the model holding. On simple images, such as digits, it can be real; "
         "AutoAttack's last stage, which needs no gradients, tells the two apart."
     )
+
+
+def curve_doubtful(curve: Curve, n: int, norm: str = "linf") -> bool:
+    """Whether a curve speaks against the attack, so that its remark is a warning.
+
+    Args:
+        curve, n, norm: as in [`curve_remark`].
+    """
+    eps, last = max(curve.items())
+    return _rise(curve, n) is not None or (norm == "linf" and eps >= _LARGE_EPS and not _fallen(last, n))
+
+
+def _rise(curve: Curve, n: int) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The first two neighbours of which the larger budget leaves more, beyond their intervals."""
+    points = sorted(curve.items())
+    for before, after in zip(points, points[1:], strict=False):
+        if binomial_interval(after[1], n)[0] > binomial_interval(before[1], n)[1]:
+            return before, after
+    return None
+
+
+def _fallen(accuracy: float, n: int) -> bool:
+    return binomial_interval(accuracy, n)[0] <= _FALLEN
 
 
 def _draw_curve(axis: Any, name: str, curve: Curve, n: int | None, number: int, scale: float) -> None:

@@ -43,6 +43,7 @@ class CifarResNet(ResNet):
         channels (`Sequence[int]`): Widths of the four stages; the stem is as wide as the first, which must be even.
             Defaults to (64, 128, 256, 512), ResNet-18's; (16, 32, 64, 128) gives a thin net.
         stem_stride (`int`): Stride of the 3x3 stem, 1 (the CIFAR stem) or 2 (a quarter of the cost). Defaults to 1.
+        stem_padding (`int`): Padding of the 3x3 stem, 1 or 2 (DeACL's: a 32x32 image becomes 34x34). Defaults to 1.
         zero_init_last (`bool`): timm's zero start of the last norm of each block. Defaults to `False`, as released.
         **kwargs (`Any`): Passed on to timm's ResNet; `stem_type`, `stem_width` and `replace_stem_pool` are taken.
 
@@ -55,11 +56,14 @@ class CifarResNet(ResNet):
         *,
         channels: Sequence[int] = (64, 128, 256, 512),
         stem_stride: int = 1,
+        stem_padding: int = 1,
         zero_init_last: bool = False,
         **kwargs: Any,
     ) -> None:
         if stem_stride not in (1, 2):
             raise ValueError(f"stem_stride must be 1 (the CIFAR stem) or 2 (a cheaper net), got {stem_stride!r}")
+        if stem_padding not in (1, 2):
+            raise ValueError(f"stem_padding must be 1 (the CIFAR stem) or 2 (DeACL's), got {stem_padding!r}")
         if len(channels) != 4 or any(c < 1 for c in channels) or channels[0] % 2:
             raise ValueError(
                 f"channels must be four positive widths, the first one even, got {channels!r}: "
@@ -80,7 +84,7 @@ class CifarResNet(ResNet):
             zero_init_last=zero_init_last,
             **kwargs,
         )
-        stem = nn.Conv2d(self.in_chans, channels[0], 3, stride=stem_stride, padding=1, bias=False)
+        stem = nn.Conv2d(self.in_chans, channels[0], 3, stride=stem_stride, padding=stem_padding, bias=False)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         self._modules.update(conv1=stem, maxpool=nn.Identity())
         infos: list[dict[str, Any]] = self.feature_info

@@ -56,7 +56,9 @@ def stock_architecture(
         fewer than 8 channels, or another activation, norm or number of image channels.
     """
     args = {key: value for key, value in (model_args or {}).items() if value is not None}
-    if architecture not in _STOCK or any(key in args for key in _UNSUPPORTED) or args.pop("stem_stride", 1) != 1:
+    if architecture not in _STOCK or any(key in args for key in _UNSUPPORTED):
+        return None
+    if args.pop("stem_stride", 1) != 1 or args.pop("stem_padding", 1) != 1:
         return None
     args.pop("zero_init_last", None)  # only matters for a fresh network
     name, defaults = _STOCK[architecture]

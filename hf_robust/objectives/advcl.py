@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_robust.losses import cross_entropy, gather
 from hf_robust.multiview_losses import supcon
-from hf_robust.objectives.base import Objective, StepContext, check_temperature, unwrapped
+from hf_robust.objectives.base import Objective, StepContext, check_temperature
 
 __all__ = ["AdvCL"]
 
@@ -219,15 +219,15 @@ class AdvCL(Objective):
         Both are halves of one attacked tensor whose loss is the sum, as released. No gradient crosses from one to the
         other, and a step goes by the sign (or by the norm of each image), so that they are two separate attacks.
         """
-        module, clean = unwrapped(model), [batch[name] for name in _CLEAN]
+        seen, clean = context.seen(model), [batch[name] for name in _CLEAN]
         constant: list[Tensor] = []
 
         def loss(images: Tensor) -> Tensor:
             x_cl, x_ce = images.chunk(2)
-            z_adv, logits = module.embed(x_cl, "adv"), module.embed(x_ce, "adv_ce")
+            z_adv, logits = seen.embed(x_cl, "adv"), seen.embed(x_ce, "adv_ce")
             if not constant or not self.attack_in_eval_mode:  # in train mode they move running statistics every time
                 with torch.no_grad():
-                    constant[:] = [module.embed(view, "clean") for view in clean]
+                    constant[:] = [seen.embed(view, "clean") for view in clean]
             return contrast([z_adv, *constant]) + self.pseudo_label_loss(logits, batch)
 
         x_cl, x_ce = context.attack(loss, torch.cat([batch["padded_crop"]] * 2)).chunk(2)

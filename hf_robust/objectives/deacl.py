@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust.distillation import deacl_terms, mean_cosine
-from hf_robust.objectives.base import Objective, StepContext, unwrapped
+from hf_robust.objectives.base import Objective, StepContext
 
 __all__ = ["DeACL"]
 
@@ -99,12 +99,13 @@ class DeACL(Objective):
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], context: StepContext) -> dict[str, Tensor]:
         """Return the terms `clean` and `adversarial`; see `Objective.__call__`."""
-        module, x = unwrapped(model), batch["padded_crop"]
+        x = batch["padded_crop"]
         with torch.no_grad(), context.autocast():
             z_teacher = context.teacher(x)
+        seen = context.seen(model)
 
         def loss(images: Tensor) -> Tensor:
-            return -len(x) * mean_cosine(module.embed(images, "adv"), z_teacher)
+            return -len(x) * mean_cosine(seen.embed(images, "adv"), z_teacher)
 
         x_adv = context.attack(loss, x)
         (both,) = model([("adv", torch.cat([x, x_adv]))])

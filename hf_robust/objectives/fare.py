@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_robust.attacks import PGD
 from hf_robust.distillation import mean_squared_distance
-from hf_robust.objectives.base import Objective, StepContext, check_rank, unwrapped
+from hf_robust.objectives.base import Objective, StepContext, check_rank
 
 __all__ = ["FARE"]
 
@@ -111,12 +111,13 @@ Robust Large Vision-Language Models},
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor], context: StepContext) -> dict[str, Tensor]:
         """Return `{"adversarial": squared distance}`; see `Objective.__call__`."""
-        module, x = unwrapped(model), batch[self.augmentation]
+        x = batch[self.augmentation]
         with torch.no_grad(), context.autocast():
             z_teacher = context.teacher(x)
+        seen = context.seen(model)
 
         def loss(images: Tensor) -> Tensor:
-            return mean_squared_distance(module.embed(images, "adv"), z_teacher)
+            return mean_squared_distance(seen.embed(images, "adv"), z_teacher)
 
         (z_adv,) = model([("adv", context.attack(loss, x))])
         return {"adversarial": mean_squared_distance(z_adv, z_teacher)}

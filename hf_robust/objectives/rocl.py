@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_robust.attacks import PGD
 from hf_robust.losses import gather
 from hf_robust.multiview_losses import supcon
-from hf_robust.objectives.base import Objective, StepContext, check_temperature, unwrapped
+from hf_robust.objectives.base import Objective, StepContext, check_temperature
 
 __all__ = ["RoCL"]
 
@@ -132,13 +132,13 @@ class RoCL(Objective):
         return supcon(gathered, temperature=self.temperature, positives="sum", detach_keys=True, **options)
 
     def _attack_first_views(self, model: nn.Module, batch: dict[str, Tensor], context: StepContext) -> Tensor:
-        module = unwrapped(model)
+        seen = context.seen(model)
         targets: list[Tensor] = []
 
         def loss(images: Tensor) -> Tensor:
             if not targets:  # encoded once, inside the attack, where the network is in evaluation mode
                 with torch.no_grad():
-                    targets.append(module.embed(batch["view_2"], "adv"))
-            return self.contrast([module.embed(images, "adv"), targets[0]])
+                    targets.append(seen.embed(batch["view_2"], "adv"))
+            return self.contrast([seen.embed(images, "adv"), targets[0]])
 
         return context.attack(loss, batch["view_1"])

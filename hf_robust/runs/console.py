@@ -9,6 +9,9 @@ from typing import Any
 __all__ = ["run_or_exit", "tell"]
 
 
+STOPPED = 130  # exit status after Ctrl-C, as shells have it
+
+
 def tell(text: str = "") -> None:
     """Write a line to standard output, at once.
 
@@ -31,3 +34,9 @@ def run_or_exit(main: Callable[..., Any], argv: list[str] | None = None, **parsi
         main(argv, **parsing)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "\nstopped. What was finished is kept: the same evaluation goes on there, a training with "
+            "--resume_from_checkpoint true\n"
+        )
+        sys.exit(STOPPED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from hf_robust.evaluation.environment import command_line
 from hf_robust.evaluation.evaluation_parts import world
 from hf_robust.evaluation.evaluation_report import EvaluationReport
 from hf_robust.evaluation.report import EncoderReport, write_text
-from hf_robust.evaluation.robustness import evaluate_robustness
+from hf_robust.evaluation.robustness import check_needs, evaluate_robustness
+from hf_robust.finetune_cli import parse_finetune
 from hf_robust.hub_folders import is_path
-from hf_robust.model_card import write_model_card
+from hf_robust.model_card import copy_evaluation_pictures, write_model_card
 from hf_robust.run_facts import dataset_title
 from hf_robust.runs import finetune
 from hf_robust.runs.console import tell
@@ -30,6 +32,7 @@ from hf_robust.runs.console import tell
 __all__ = ["main", "update_card"]
 
 _DONE = "finetune_arguments.json"
+_FINETUNE = "hf-robust finetune"  # whose flags --finetune_args are
 WARNED = 3  # exit status of --strict
 
 
@@ -74,6 +77,7 @@ def evaluate(run: EvaluateRun, model: str, folder: Path) -> EvaluationReport:
     classifier.to(PartialState(cpu=settings.use_cpu).device)
     images = load_images(run, classifier)
     n = min(settings.n_examples or len(images), len(images))
+    before = _metrics_in(folder)
     say(f"{classifier.name}: {n} of {len(images)} images of {run.data.dataset_name}, {', '.join(settings.metrics)}")
     report = evaluate_robustness(
         classifier,
@@ -94,17 +98,32 @@ def evaluate(run: EvaluateRun, model: str, folder: Path) -> EvaluationReport:
     )
     say(f"\n{report.table()}\n")
     files = [name for name in ("report.html", "report.json", "flags.npz") if (folder / name).is_file()]
+    gone = [name for name in before if name not in report.metrics]
+    if gone:
+        say(f"The report replaces one with {', '.join(gone)}; finished parts are kept: name all metrics to have both.")
     say(f"Output folder: {folder}  ({', '.join([*files, *sorted(p.name for p in folder.glob('*.png'))])})")
     return report
 
 
-def update_card(model: str | Path, report: EvaluationReport, protocol: str = "evaluation") -> bool:
+def _metrics_in(folder: Path) -> list[str]:
+    """What the report of an earlier evaluation there measured."""
+    try:
+        return list(EvaluationReport.load(folder).metrics)
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def update_card(
+    model: str | Path, report: EvaluationReport, protocol: str = "evaluation", pictures: Path | None = None
+) -> bool:
     """Put the figures into `report.json` and the model card beside the weights.
 
     Args:
         model (`str` or `Path`): folder of the model.
-        report ([`EvaluationReport`]): the figures; those of an earlier evaluation on as many images go.
+        report ([`EvaluationReport`]): the figures; an earlier evaluation on as many images keeps those that are not
+            among them.
         protocol (`str`): as in [`EvaluationReport.to_result`].
+        pictures (`Path`, *optional*): folder of the evaluation, whose pictures the card then shows, too.
 
     Returns:
         `bool`: `False` where there is no card of ours to update.
@@ -122,16 +141,21 @@ def update_card(model: str | Path, report: EvaluationReport, protocol: str = "ev
         return False
     card = EncoderReport.load(inner)
     result = report.to_result(card.name, protocol)
+    result = copy_evaluation_pictures(result, pictures, inner) if pictures is not None else result
     same = ("protocol", "dataset", "n_eval", "seed")
     others = [row for row in card.results if any(row.get(key) != result[key] for key in same)]
+    for row in card.results:
+        if row not in others:
+            for key in ("metrics", "intervals"):
+                result[key] = {**row.get(key, {}), **result.get(key, {})}
     card = dataclasses.replace(card, results=[*others, result])
     card.save(inner)
     write_model_card(card, inner)
     return True
 
 
-def fine_tuned(run: EvaluateRun, mode: str, folder: Path) -> Path:
-    """The classifier of one protocol: fine-tuned now, gone on with, or there already."""
+def finetune_flags(run: EvaluateRun, mode: str) -> list[str]:
+    """The command line of `hf-robust finetune` for one protocol, without its output folder."""
     data = run.data
     arguments = ["--encoder", run.model, "--mode", mode, "--dataset_name", data.dataset_name]
     arguments += ["--split", run.protocol.train_split, "--eval_split", "", "--on_error", data.on_error]
@@ -141,7 +165,12 @@ def fine_tuned(run: EvaluateRun, mode: str, folder: Path) -> Path:
     arguments += ["--image_size", str(run.loading.image_size)] if run.loading.image_size else []
     arguments += ["--use_cpu", "true"] if run.settings.use_cpu else []
     arguments += ["--cpu_threads", str(run.settings.cpu_threads)] if run.settings.cpu_threads else []
-    arguments += ["--seed", str(run.settings.seed), *shlex.split(run.protocol.finetune_args)]
+    return [*arguments, "--seed", str(run.settings.seed), *shlex.split(run.protocol.finetune_args)]
+
+
+def fine_tuned(run: EvaluateRun, mode: str, folder: Path) -> Path:
+    """The classifier of one protocol: fine-tuned now, gone on with, or there already."""
+    arguments = finetune_flags(run, mode)
     target, done = folder / ("adapter" if mode == "lora" else "classifier"), folder / _DONE
     if done.is_file() and target.is_dir() and run.settings.resume:
         if json.loads(done.read_text(encoding="utf-8")) != arguments:
@@ -151,8 +180,10 @@ def fine_tuned(run: EvaluateRun, mode: str, folder: Path) -> Path:
             )
         say(f"{mode.upper()}: fine-tuned already, in {target}")
         return target
+    if not run.settings.resume:
+        _start_over(folder)
     resume = ["--resume_from_checkpoint", "true"] if run.settings.resume and latest_complete(folder) else []
-    finetune.main([*arguments, "--output_dir", str(folder), *resume])
+    finetune.main([*arguments, "--output_dir", str(folder), *resume], prog=_FINETUNE)
     if world()[0] == 0:
         write_text(done, json.dumps(arguments) + "\n")
     if world()[1] > 1:
@@ -160,21 +191,38 @@ def fine_tuned(run: EvaluateRun, mode: str, folder: Path) -> Path:
     return target
 
 
+def _start_over(folder: Path) -> None:
+    """Throw the checkpoints of an earlier fine-tuning away, which the trainer would refuse to mix with its own."""
+    if world()[0] == 0:
+        (folder / _DONE).unlink(missing_ok=True)
+        for checkpoint in [path for path in folder.rglob("checkpoint-*") if path.is_dir()]:
+            shutil.rmtree(checkpoint)
+    if world()[1] > 1:
+        torch.distributed.barrier()
+
+
 def evaluate_protocols(run: EvaluateRun, folder: Path) -> dict[str, EvaluationReport]:
     """Fine-tune an encoder by each protocol and evaluate each classifier; one table in the end."""
+    for mode in (
+        run.protocol.protocol or ()
+    ):  # a slip in the flags of the last one is found before the first one trains
+        parse_finetune([*finetune_flags(run, mode), "--output_dir", str(folder / mode)], prog=_FINETUNE)
     reports = {}
     for mode in run.protocol.protocol or ():
         target = fine_tuned(run, mode, folder / mode)
-        reports[mode.upper()] = evaluate(run, str(target), folder / mode / "evaluation")
+        pictures = folder / mode / "evaluation"
+        reports[mode.upper()] = evaluate(run, str(target), pictures)
         if run.settings.update_card and world()[0] == 0:
-            update_card(target, reports[mode.upper()])
-            update_card(run.model, reports[mode.upper()], f"fine-tuned by {mode.upper()}")
+            update_card(target, reports[mode.upper()], pictures=pictures)
+            update_card(run.model, reports[mode.upper()], f"fine-tuned by {mode.upper()}", pictures)
     names = list(dict.fromkeys(name for report in reports.values() for name in report.metrics))
     width = max(len(name) for name in names) + 2
     say("\n" + " " * width + "".join(f"{mode:>12}" for mode in reports))
     for name in names:
         cells = [report.metrics.get(name) for report in reports.values()]
         say(f"{name:<{width}}" + "".join(f"{'-' if value is None else f'{value:.1%}':>12}" for value in cells))
+    first = next(iter(reports.values()))
+    say(f"n = {first.n}, seed {first.seed}; the intervals are above and in the reports")
     return reports
 
 
@@ -188,13 +236,15 @@ def main(argv: list[str] | None = None, **parsing: Any) -> None:
     run = parse_evaluate(argv, **parsing)
     if run.settings.cpu_threads:
         torch.set_num_threads(run.settings.cpu_threads)
+    check_needs(run.settings.metrics, run.settings.corruptions)  # before anything is fine-tuned
     PartialState(cpu=run.settings.use_cpu)  # the processes of `accelerate launch` find each other
     folder = Path(run.settings.output_dir) if run.settings.output_dir else default_folder(run)
     if run.protocol.protocol:
         reports = list(evaluate_protocols(run, folder).values())
     else:
         reports = [evaluate(run, run.model, folder)]
-        if run.settings.update_card and world()[0] == 0 and not update_card(run.model, reports[0]):
+        wanted = run.settings.update_card and world()[0] == 0
+        if wanted and not update_card(run.model, reports[0], pictures=folder):
             say("No model card was updated: the model has no report.json of hf_robust beside its weights.")
     if run.settings.strict and any(report.warnings for report in reports):
         sys.exit(WARNED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 from datetime import date
@@ -26,6 +25,7 @@ from hf_robust.finetune_cli import FinetuneRun, parse_finetune
 from hf_robust.finetuner import RobustFinetuner
 from hf_robust.finetuning_args import falls
 from hf_robust.held_out import split_validation
+from hf_robust.hub_folders import is_path
 from hf_robust.image_sources import MissingSplitError, find_image_column, open_split
 from hf_robust.model_card import write_model_card
 from hf_robust.objectives.alf import ALF
@@ -34,6 +34,7 @@ from hf_robust.objectives.lora import LoRA
 from hf_robust.postprocessing import post_process, train_head, where_to_resume
 from hf_robust.run_facts import dataset_title, training_facts
 from hf_robust.runs.console import tell
+from hf_robust.runs.push import push_result
 from hf_robust.views import Views
 
 __all__ = ["main"]
@@ -130,9 +131,7 @@ def start_line(run: FinetuneRun, train: ImageDataset, held_out: ImageDataset | N
     """What is going to be trained, on what, for how long, against which attack."""
     args, attack = run.training, run.attack
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    budget = (
-        f"PGD-{attack.steps}, {attack.norm} {attack.eps * 255:.3g}/255" if run.objective.adversarial else "no attack"
-    )
+    budget = attack.title if run.objective.adversarial else "no attack"
     deciding = f", {len(held_out)} more decide" if held_out is not None else ""
     classes = run.post.count(train) if run.post else train.num_classes
     return (
@@ -156,7 +155,7 @@ def print_table(rows: dict[str, dict[str, float]], n: int, title: str) -> None:
 
 def result(run: FinetuneRun, name: str, found: Accuracy, n_train: int, split: str) -> dict[str, Any]:
     """An entry of `EncoderReport.results`."""
-    attack = dataclasses.asdict(found.attack) if found.attack is not None else {}
+    attack = found.attack.to_dict() if found.attack is not None else {}
     return {
         "model": name,
         "metrics": found.to_dict(),
@@ -248,7 +247,7 @@ def write_report(
             "n_images": len(trainer.train_dataset),
             "hub_id": dataset if "/" in dataset else None,
         },
-        threat_model=vars(run.attack) if run.objective.adversarial else None,
+        threat_model=run.attack.to_dict() if run.objective.adversarial else None,
         training={**training_facts(trainer), **chosen},
         results=results,
         command=command_line(),
@@ -266,13 +265,20 @@ def write_report(
 # ---------------------------------------------------------------------- the two ways through
 def finetune(run: FinetuneRun, environment: dict[str, Any]) -> None:
     """Train a classifier, then measure, draw and export it."""
+    if run.training.push_to_hub and isinstance(run.objective, LoRA) and is_path(run.encoder):
+        raise ValueError(
+            f"an adapter is published beside its encoder, and {run.encoder!r} is a folder that nobody else has: push "
+            "the encoder first (hf-robust push) and give its repository as --encoder"
+        )
     folder = Path(str(run.training.output_dir))
     start = build_classifier(run.encoder, 2, image_size=run.data.image_size)  # an unfit encoder is found now
     image_size, measured = start.config.image_size, check_test_split(run)
-    images = load(run, run.data.split, image_size, max_examples=run.data.max_examples)
+    data = run.data
+    images = load(run, data.split, image_size, max_examples=data.max_examples, check_images=data.check_images)
     train, held_out = split_validation(images, run.training.validation_fraction, run.training.seed)
     model = build_model(run, train)
     trainer = RobustFinetuner(model, run.training, run.objective, run.attack, train, held_out)
+    trainer.adapter_base = run.encoder if isinstance(run.objective, LoRA) else None
     say(run, start_line(run, train, held_out, image_size))
     if run.preset is not None:
         say(run, " ".join(filter(None, [f"Preset {run.preset.name} ({run.preset.source}).", run.preset.note])))
@@ -294,6 +300,7 @@ def finetune(run: FinetuneRun, environment: dict[str, Any]) -> None:
     if trainer.kept_epoch:
         tell(f"Kept: epoch {trainer.kept_epoch}, the best by PGD on {len(held_out or ())} held-out training images.")
     tell(f"Output folder: {folder}  ({target.name}/, model card README.md, report.json, {', '.join(PICTURES)})")
+    push_result(run.training, target)
 
 
 def export(run: FinetuneRun, trainer: RobustFinetuner, folder: Path) -> Path:
@@ -311,7 +318,8 @@ def improve_encoder(run: FinetuneRun, environment: dict[str, Any]) -> None:
     folder = Path(str(run.training.output_dir))
     start = build_classifier(run.encoder, 2, image_size=run.data.image_size)
     image_size, measured = start.config.image_size, check_test_split(run)
-    images = load(run, run.data.split, image_size, max_examples=run.data.max_examples)
+    data = run.data
+    images = load(run, data.split, image_size, max_examples=data.max_examples, check_images=data.check_images)
     say(run, f"{run.post.count(images)} pseudo-classes. " + start_line(run, images, None, image_size))
     trainer = post_process(
         run.encoder,
@@ -337,6 +345,7 @@ def improve_encoder(run: FinetuneRun, environment: dict[str, Any]) -> None:
         table = {("after" if key == name else key): r.to_dict() for key, r in reversed(rows.items())}
         print_table(table, len(test or ()), f"Linear probe on {images.name}")
     tell(f"Output folder: {folder}  (encoder/, model card README.md, report.json, curves.png)")
+    push_result(run.training, target)
 
 
 def probe(network: Any, images: ImageDataset, test: ImageDataset, run: FinetuneRun) -> ProbeResult:

@@ -49,6 +49,18 @@ class Dying(Ladder):
         return super().forward(images)
 
 
+class Unspeakable(RuntimeError):
+    """Cannot be pickled, as exceptions that hold a lock or a file cannot."""
+
+    def __init__(self) -> None:
+        super().__init__("out of something")
+        self.held = lambda: None
+
+
+def broken(images: Tensor) -> Tensor:
+    raise Unspeakable
+
+
 def facts(result: AutoAttackResult) -> dict[str, Any]:
     """Everything but the clock, as plain values."""
     return {
@@ -71,6 +83,7 @@ def share(rank: int, world: int, port: str, out: str) -> None:
         "good": (sound, f"{out}-state.npz"),
         "again": (sound, f"{out}-state.npz"),
         "failing": ((lambda images: sound(images) * float("nan")) if rank == 1 else sound, None),
+        "unspeakable": (broken if rank == 1 else sound, None),
         "different": (Ladder(5 if rank else 4), None),
     }
     found: dict[str, Any] = {"lonely": facts(evaluate(sound, None, LEVELS[:1]))}

@@ -75,3 +75,18 @@ def test_batches_are_those_of_the_images_that_are_left(monkeypatch: pytest.Monke
     # 5 steps and 3 more passes for each of the images in the attack; 50 queries and 4.
     assert (first.forwards, second.forwards) == (4 * 8, 3 * 54) and set(sizes) <= {1, 2}
     assert torch.equal(first.robust, found.robust)
+
+
+@pytest.mark.parametrize(("norm", "inside"), [("l2", 0.25), ("l1", 3.0)])
+def test_other_norms(norm: str, inside: float) -> None:
+    # 42 is 2 levels from its end on 108 pixels: 2 / 255 * sqrt(108) = 0.08 in L2, 0.85 in L1; 60 ends after 20 levels.
+    images, labels = ladder_images([42.0, 60.0])
+    for eps, robust in ((inside, [False, True]), (inside / 10, [True, True])):
+        found = autoattack(Ladder(), images, labels, norm=norm, eps=eps, preset="smoke", progress=False)
+        assert found.robust.tolist() == robust
+
+
+def test_the_bar_ends_full_when_an_attack_takes_more_passes_than_planned():
+    with CascadeBar(True) as bar:
+        bar.work(5)
+        assert str(bar._bar).startswith("AutoAttack: 100%")

@@ -43,12 +43,15 @@ def test_fewer_targets_than_the_standard_are_run_and_said(monkeypatch: pytest.Mo
         (1000, "linf", "standard", [("apgd-ce", 100, 1), ("apgd-t", 100, 9), ("fab-t", 100, 9), ("square", 5000, 1)]),
         (10, "l1", "standard", [("apgd-ce", 100, 5), ("apgd-t", 100, 5), ("fab-t", 100, 9), ("square", 5000, 1)]),
         (2, "linf", "fast", [("apgd-ce", 100, 1)]),
+        (3, "linf", "fast", [("apgd-ce", 100, 1), ("apgd-dlr", 100, 1)]),
     ],
 )
 def test_the_plan(classes: int, norm: str, preset: str, expected: list[tuple[str, int, int]]) -> None:
     plan, said = plan_attacks(classes, preset, norm, SQUARE)
     assert [(a.name, a.steps, a.runs) for a in plan] == expected
     assert len(said) == (preset == "fast") + (classes < 10)
+    if preset == "fast":
+        assert not any("FAB had" in sentence for sentence in said), "it did not run"
 
 
 def test_the_authors_object_agrees_with_the_plan() -> None:

@@ -57,5 +57,9 @@ def test_an_error_of_one_process_ends_both(told: list[dict[str, Any]]) -> None:
     whole, failing = (process["failing"]["error"] for process in told)
     assert whole.startswith("RuntimeError: process 1 could not attack its share of the images: the model gives")
     assert failing.startswith("ValueError: the model gives logits that are not finite")
+    assert told[0]["unspeakable"]["error"].endswith(
+        "process 1 could not attack its share of the images: out of something"
+    )
+    assert told[1]["unspeakable"]["error"] == "Unspeakable: out of something"
     for process in told:
         assert "called with different models, images, labels or settings" in process["different"]["error"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,6 +48,62 @@ def test_a_state_reads_back_equal(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match=r"differs in: eps \(there 0.031.*, here 0.1\), model\. A state goes on"):
         CascadeState.load(path, {**TAG, "eps": 0.1, "model": "xyz"})
+    with pytest.raises(ValueError, match="differs in: process .there '0 of 1', here None"):
+        CascadeState.load(path, {name: value for name, value in TAG.items() if name != "process"})
+
+
+def spoiled(path: Path, what: str) -> None:
+    """A state in which one thing is wrong; the tag is right."""
+    state().save(path, TAG)
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    facts = json.loads(str(arrays["facts"]))
+    if what == "an array for all":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+        return
+    if what in ("null", "{}", "[]", '{"tag": 3}'):
+        facts = json.loads(what)
+    elif what == "another version's findings":
+        facts["findings"]["later"] = 1
+    elif what == "counts":
+        facts["counts"] = "none"
+    elif what == "a missing array":
+        del arrays["robust"]
+    elif what == "a short array":
+        arrays["robust"] = arrays["robust"][:2]
+    np.savez(path, **{**arrays, "facts": np.array(json.dumps(facts))})
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("an array for all", "null", "{}", "[]", '{"tag": 3}'),
+        *("another version's findings", "counts", "a missing array", "a short array"),
+    ],
+)
+def test_a_foreign_or_damaged_file_is_refused_with_the_way_out(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "state.npz"
+    spoiled(path, what)
+    with pytest.raises(
+        ValueError, match="cannot read .*state.npz.* as the state of an AutoAttack .*delete it to start"
+    ):
+        CascadeState.load(path, TAG)
+
+
+def test_no_flipped_bit_gets_through(tmp_path: Path) -> None:
+    path, wanted = tmp_path / "state.npz", state()
+    wanted.save(path, TAG)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 13):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            found = CascadeState.load(path, TAG)
+        except ValueError:
+            continue
+        # Dates and the like: what is read is what was written.
+        assert torch.equal(found.robust, wanted.robust) and torch.equal(found.after[0], wanted.after[0])
+        assert found.counts == wanted.counts and found.findings == wanted.findings and found.batches == 2
 
 
 @pytest.mark.parametrize("step", ["os.fsync", "os.replace"])

@@ -150,8 +150,10 @@ def test_what_cannot_be_a_classifier_says_so(tuned, tmp_path):
         load_classifier(tmp_path / "pretraining")
     with pytest.raises(ValueError, match="projector as head and gives no logits"):
         load_classifier(trained_model(**OURS["thin"]))
-    with pytest.raises(FileNotFoundError, match="no/such/folder"):
+    with pytest.raises(FileNotFoundError, match="no folder 'no/such/folder': name the folder of a classifier"):
         load_classifier("no/such/folder")
+    with pytest.raises(ValueError, match="they belong together, one of them would meet the other of the image proc"):
+        load_classifier(root / "run", mean=(0.5, 0.5, 0.5))
     shutil.copytree(root / "run" / "classifier", tmp_path / "damaged")
     file = tmp_path / "damaged" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])

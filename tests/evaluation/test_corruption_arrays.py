@@ -14,7 +14,12 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from hf_robust.evaluation import corruption_arrays
-from hf_robust.evaluation.corruption_arrays import CHECKSUMS, identify_published, load_published_corruptions
+from hf_robust.evaluation.corruption_arrays import (
+    CHECKSUMS,
+    identify_published,
+    load_published_corruptions,
+    load_published_labels,
+)
 from hf_robust.evaluation.corruption_constants import CORRUPTIONS, EXTRA
 
 PER_SEVERITY = 3
@@ -68,6 +73,7 @@ def test_a_severity_is_its_rows_channels_first(tmp_path: Path, publish: Callable
     check(publish(write(tmp_path)))
     check(str(tmp_path))
     assert identify_published(tmp_path) == "cifar10c"
+    assert load_published_labels(tmp_path).tolist() == [4, 0, 9]
 
 
 def test_a_folder_around_them_and_the_tar_in_place_will_do(tmp_path: Path, publish: Callable[[Path], Path]) -> None:

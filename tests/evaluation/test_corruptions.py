@@ -131,6 +131,29 @@ def test_what_does_not_fit_is_refused(published: Path) -> None:
         corruption_accuracy(lambda x: ten(x) * float("nan"), halves(), size=16)
 
 
+def test_one_corruption_and_severity_may_come_bare() -> None:
+    one = corruption_accuracy(brightness, halves(), size=16, names="fog", severities=3)
+    assert one == corruption_accuracy(brightness, halves(), size=16, names=("fog",), severities=(3,))
+    for severities in (np.array([1, 3]), range(1, 4, 2)):
+        found = corruption_accuracy(brightness, halves(), size=16, names="fog", severities=severities)  # type: ignore
+        assert list(found.table["fog"]) == [1, 3]
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+        corruption_accuracy(brightness, halves(), size=16, seed=-1)
+
+
+def test_published_cells_go_on_from_a_state_that_others_began(published: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state" / "state.json"
+    few = {"size": 32, "state_file": str(state)}
+    corruption_accuracy(ten, published, names="snow", severities=2, **few)  # type: ignore[arg-type]
+    result = corruption_accuracy(ten, published, names=("fog", "snow"), **few)  # type: ignore[arg-type]
+    assert result == corruption_accuracy(ten, published, size=32, names=("fog", "snow"))
+    assert json.loads(state.read_text())["table"].keys() == {"fog", "snow"}
+    with pytest.raises(ValueError, match="differs in n, data"):
+        corruption_accuracy(ten, published, names="snow", indices=[1], **few)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="differs in model"):
+        corruption_accuracy(lambda x: ten(x) * 2, published, names="snow", **few)  # type: ignore
+
+
 class Killed(Exception):
     pass
 
@@ -172,12 +195,21 @@ def test_the_state_of_another_evaluation_is_refused_with_what_differs(tmp_path: 
         corruption_accuracy(brightness, data, constants="imagenet", **few)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="differs in n, data"):
         corruption_accuracy(brightness, halves(20), **few)  # type: ignore[arg-type]
+    other = halves()
+    assert other.images is not None
+    other.images[11] = 255 - other.images[11]
+    with pytest.raises(ValueError, match="differs in data"):
+        corruption_accuracy(brightness, other, **few)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="differs in model"):
         corruption_accuracy(lambda x: brightness(x) + 3, data, **few)  # type: ignore[arg-type]
     for text in ("{", "[]", '{"facts": {}, "table": {}}'):
         state.write_text(text)
         with pytest.raises(ValueError, match="is not the state of an evaluation .*delete it"):
             corruption_accuracy(brightness, data, **few)  # type: ignore[arg-type]
+    state.unlink()
+    state.mkdir()
+    with pytest.raises(ValueError, match="is not the state of an evaluation .*delete it"):
+        corruption_accuracy(brightness, data, **few)  # type: ignore[arg-type]
 
 
 class Together:

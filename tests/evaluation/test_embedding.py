@@ -76,9 +76,27 @@ def test_the_encoder_stays_as_it_was_also_inside_of_a_function():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_type_are_evaluated_in_float32_and_put_back(dtype):
+    model = linear().to(dtype)
+    expected = measure(linear().to(dtype).float(), steps=2)
+    for features in (model, lambda x: model(x)):
+        assert torch.equal(measure(features, steps=2).cosine, expected.cosine)
+    assert model[1].weight.dtype == dtype and model.training and model[1].weight.requires_grad
+    with pytest.raises(KeyboardInterrupt):
+        measure(lambda x: (_ for _ in ()).throw(KeyboardInterrupt) if model[1].weight.dtype != dtype else model(x))
+    assert model[1].weight.dtype == dtype and model.training and model[1].weight.requires_grad
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"n_examples": 0}, "n_examples must be 1 or more, got 0"),
+        ({"n_examples": -1}, "n_examples must be 1 or more, got -1"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"data": ()}, "images must be a tensor .* got tuple: stack a list"),
+        ({"features": lambda x: (x.flatten(1),)}, r"a tensor \(N, D\), got tuple: wrap the encoder"),
+        ({"features": lambda x: x.flatten(1).detach()}, "cut off from the pixels.*inference_mode"),
         ({"distance": "l1"}, "distance must be 'cosine' or 'l2', got 'l1'"),
         ({"data": images() * 2 - 1}, "put Normalize inside the model"),
         ({"features": nn.Conv2d(3, 4, 3)}, r"embeddings must be \(N, D\) and finite, got shape \(12, 4, 4, 4\)"),

@@ -109,10 +109,10 @@ def test_a_kill_costs_one_batch(tmp_path):
 
 
 def test_notes_of_another_evaluation_are_refused(tmp_path):
-    EvaluationParts(tmp_path / "state", {"model": "x", "seed": 0})
-    with pytest.raises(
-        ValueError, match=r"differs in seed \(there 0, here 1\): give another output_dir, or resume=Fa"
-    ):
+    EvaluationParts(tmp_path / "state", {"model": "y"})
+    noted = EvaluationParts(tmp_path / "state", {"model": "x", "seed": 0})  # of y nothing is noted yet
+    noted.save("part", 1, {"classes": [1]})
+    with pytest.raises(ValueError, match=r"differs in seed \(there 0, here 1\): give another output_dir, or throw"):
         EvaluationParts(tmp_path / "state", {"model": "x", "seed": 1})
     (tmp_path / "state" / "evaluation.json").write_text("{")
     with pytest.raises(ValueError, match="differs in model"):
@@ -124,6 +124,25 @@ def test_notes_of_another_evaluation_are_refused(tmp_path):
     (tmp_path / "state" / "part" / "00000.json").write_text("{")
     assert parts.load("part", 0) is None
     assert NOWHERE.file("x") is None and parts.file("x.npz") == tmp_path / "state" / "x.npz"
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "same"),
+    [
+        ([1.0, -3.0], [1.001, -3.001], True),  # another machine rounds
+        ([1.0, -3.0], [1.1, -3.0], False),
+        ([1.0, -3.0], [1.0, -3.0, 0.0], False),
+        ([float("nan"), 1.0], [float("nan"), 1.0], True),
+        ([float("nan"), 1.0], [0.5, 1.0], False),
+    ],
+)
+def test_a_model_that_answers_otherwise_is_another_one(tmp_path, there, here, same):
+    EvaluationParts(tmp_path, {"model": "x", "logits": there}).save("part", 0, {})
+    if same:
+        EvaluationParts(tmp_path, {"model": "x", "logits": here})
+    else:
+        with pytest.raises(ValueError, match="differs in what the model answers to the first image"):
+            EvaluationParts(tmp_path, {"model": "x", "logits": here})
 
 
 def test_logits_that_are_not_finite_and_models_without_gradient_say_so():

@@ -164,7 +164,7 @@ def test_corruptions_and_classes_are_there_in_numbers():
     ]
     assert "Frost is drawn." in page.text and "Generated corruptions (hf_robust 0.1.0) in numbers" in page.text
     rows = read(preset="smoke", classes={"accuracies": {"autoattack": [0.5]}}).tables["Accuracy by class"]
-    assert rows == [["class", "images", "AutoAttack, smoke"], ["0", "", "50.0 %"]]
+    assert rows == [["class", "images", "AutoAttack cut short"], ["0", "", "50.0 %"]]
     assert page.tables["Accuracy by class"][0] == ["class", "images", "clean", "PGD-20"]
     assert page.tables["Accuracy by class"][1:] == [["cat", "10", "90.0 %", "20.0 %"], [NASTY, "0", "", ""]]
 

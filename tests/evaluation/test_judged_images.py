@@ -51,6 +51,17 @@ def test_the_fingerprint_follows_the_images():
     others = [JudgedImages.of((changed, LABELS)), JudgedImages.of((stored(), 3 - LABELS))]
     others.append(JudgedImages.of((stored(), LABELS), 8))
     assert len({first, *(o.fingerprint() for o in others)}) == 4
+    inside = stored()
+    inside[7] = 255 - inside[7]  # neither the first nor the last
+    assert JudgedImages.of((inside, LABELS)).fingerprint() != first
+
+
+def test_classes_get_the_numbers_of_other_names_in_every_form_of_the_images():
+    data = ImageDataset.from_tensors(stored(), LABELS, ("d", "c", "b", "a"), name="mine")
+    judged = JudgedImages.of(data).numbered_as(("a", "b", "x", "c", "d"))
+    expected = torch.tensor([4, 3, 1, 0])[LABELS]
+    assert torch.equal(judged.labels, expected) and torch.equal(judged.stored().labels, expected)
+    assert judged.label_names == judged.stored().label_names == ("a", "b", "x", "c", "d") and judged.name == "mine"
 
 
 def test_grey_images_stay_grey_and_are_stored_as_rgb():

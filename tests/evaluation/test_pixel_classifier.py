@@ -50,7 +50,7 @@ def test_normalisation_and_resizing_are_layers_and_differentiable():
     assert classifier(torch.rand(1, 3, 16, 16)).shape == (1, 3) and classifier.num_classes == 3
     with pytest.raises(ValueError, match=r"floats in \[0, 1\], got torch.uint8"):
         classifier(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
-    for std in (None, (0.0, 1.0, 1.0)):
+    for std in (None, (0.0, 1.0, 1.0), (1.0, 1.0)):
         with pytest.raises(ValueError, match="belong together"):
             PixelClassifier(model, mean=mean, std=std)
 
@@ -116,3 +116,44 @@ def test_facts_are_plain_and_say_what_was_evaluated():
     assert facts["name"] == "mine" and facts["parameters"] == 3 * 4 * 9 + 4 + 8 + 15 and facts["kind"] == "Sequential"
     assert facts["mean"] == [0.5] * 3 and facts["image_size"] == 8 and facts["mode"] == "SLF"
     assert "network_input_size" not in facts
+
+
+class Served:
+    """An object that is called, with its network inside."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, images):
+        return self.model(images)
+
+    def answers(self, images):
+        return self.model(images)
+
+
+SERVED = Served(network().eval())
+
+
+def of_module(images):
+    return sum(SERVED.model(part) for part in (images,))
+
+
+def test_networks_are_found_wherever_a_function_keeps_them():
+    first, second = network().eval(), network().eval()
+    ensemble, served = [first, second], Served(first)
+    later = lambda images: inner(images)  # noqa: E731
+    inner = functools.partial(lambda model, images: model(images), second)
+    for function, expected in (
+        (lambda images: sum(model(images) for model in ensemble), ensemble),
+        (lambda images: {"a": first, "b": second}["a"](images), ensemble),
+        (served, [first]),
+        (served.answers, [first]),
+        (lambda images: served(images), [first]),
+        (later, [second]),
+        (of_module, [SERVED.model]),
+        (lambda images: images.flatten(1), []),
+    ):
+        assert {*map(id, modules_inside(function))} == {*map(id, expected)}
+    second.train()
+    with pytest.raises(ValueError, match="network in training mode"):
+        PixelClassifier(later)

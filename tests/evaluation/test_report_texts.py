@@ -11,6 +11,7 @@ from hf_robust.evaluation.leaderboard import closest_row
 from hf_robust.evaluation.report import binomial_interval
 from hf_robust.evaluation.report_texts import (
     attack_metrics,
+    images_of,
     interval_of,
     kind_title,
     metric_title,
@@ -88,7 +89,10 @@ def test_metrics_have_names_for_people(name, title):
 
 def test_kinds_have_names_for_people():
     assert [kind_title(kind) for kind in ("clean", "pgd20", "autoattack")] == ["clean", "PGD-20", "AutoAttack"]
-    assert kind_title("autoattack", "fast") == "AutoAttack, fast" and kind_title("autoattack", None) == "AutoAttack"
+    assert kind_title("autoattack", "fast") == "AutoAttack's two APGD attacks"  # a part has not the name of the whole
+    assert (
+        kind_title("autoattack", None) == "AutoAttack" and kind_title("autoattack", "smoke") == "AutoAttack cut short"
+    )
 
 
 def test_intervals_are_those_of_the_report_or_of_the_count():
@@ -97,6 +101,8 @@ def test_intervals_are_those_of_the_report_or_of_the_count():
     assert interval_of(values, "pgd20_linf_8_255_accuracy") == binomial_interval(0.471, 100)
     assert interval_of(values, "autoattack_linf_8_255_accuracy") is None  # nobody said how many images
     assert interval_of(report(), "generated_corruptions_mean_accuracy") is None
+    assert images_of(report(corruptions={"n": 10_000}), "cifar10c_mean_accuracy") == 10_000  # of the arrays
+    assert images_of(report(corruptions={"n": 10_000}), "accuracy") == report()["n"]
 
 
 def test_reservations_name_what_differs_and_nothing_else():
@@ -108,6 +114,8 @@ def test_reservations_name_what_differs_and_nothing_else():
     )
     said = " ".join(reservations(other, closest_row("DeACL", "slf").to_dict()))
     assert "of 200 images" in said and "preset 'smoke'" in said and "0.7 million parameters" in said
+    tiny = report(model={"name": "m", "parameters": 4_482})
+    assert "Ours has 4,482 parameters" in " ".join(reservations(tiny, row))
     assert "64 pixels, published are 32" in said and "46.14 / 80.82" in said
 
 

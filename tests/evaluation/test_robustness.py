@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,15 @@ def test_corruptions_are_called_generated_unless_the_published_arrays_are_given(
     assert report.metrics[name] == pytest.approx(report.corruptions["mean"])
     assert report.intervals[name][0] < report.metrics[name] < report.intervals[name][1]
     assert (tmp_path / "corruptions.png").is_file() and "hf_robust" in report.corruptions["name"]
+    grey = evaluate(data=(images[:, :1], labels), metrics=["corruptions"])
+    assert grey.corruptions["table"] == report.corruptions["table"]
+
+    class Grey(Ladder):
+        def forward(self, images):
+            assert images.shape[1] == 1  # as it was trained
+            return super().forward(images)
+
+    assert evaluate(Grey(), (images[:, :1], labels), ["corruptions"]).metrics == grey.metrics
 
 
 def test_published_corruptions_are_judged_on_as_many_images(monkeypatch):
@@ -140,10 +151,12 @@ def test_a_folder_with_everything_and_a_second_call_that_computes_nothing(tmp_pa
     calls.clear()
     again = evaluate(Counting(), **settings)
     assert same(first, again) and again.stages == first.stages and sum(calls) < 300  # a fit check, the drawn examples
-    with pytest.raises(ValueError, match=r"differs in model .*give another output_dir, or resume=False"):
+    with pytest.raises(ValueError, match=r"differs in model .*give another output_dir, or throw that one away"):
         evaluate(Ladder(scale=2.0), **settings)
     with pytest.raises(ValueError, match="differs in seed"):
         evaluate(Counting(), **settings, seed=1)
+    with pytest.raises(ValueError, match="what the model answers to the first image"):  # no weight tells it
+        evaluate(nn.Sequential(Ladder(), nn.Hardtanh(-1, 1)), **settings)
     evaluate(Ladder(scale=2.0), metrics=["accuracy"], output_dir=tmp_path, resume=False)
     assert {path.name for path in tmp_path.iterdir()} == {
         "report.json",
@@ -214,25 +227,68 @@ def test_the_published_row_of_the_same_method_and_of_no_other():
         ({"device": "meta"}, "device is 'meta' and the model is on 'cpu'"),
         ({"model": "no/such/model"}, "no/such/model"),
         ({"n_examples": 2}, "stratified subset needs 4"),
+        ({"eps": 8.0}, "write 8/255"),
+        ({"eps": 0.0, "norm": "l1", "metrics": ["accuracy"]}, "eps must be positive, got 0"),
+        ({"preset": "quick"}, "preset must be one of standard, fast, smoke, got 'quick'"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0: leave it out for the default"),
+        ({"seed": -1}, "seed must be 0 or more, got -1"),
+        ({"curve_examples": -3}, "curve_examples must be 0 or more, got -3"),
+        ({"corruptions": "no/such/folder"}, "add it to metrics, or leave them out"),
+        ({"corruptions": "/no/such/folder", "metrics": ["pgd10", "corruptions"]}, "/no/such/folder"),
+        (
+            {"model": nn.Sequential(nn.Conv2d(1, 4, 6), nn.Flatten())},
+            r"cannot classify an image of the shape \(3, 6, 6\)",
+        ),
     ],
 )
-def test_mistakes_are_named_before_anything_is_attacked(settings, message):
+def test_mistakes_are_named_before_anything_is_attacked(settings, message, monkeypatch, tmp_path):
+    if "not finite" not in message:
+        monkeypatch.setattr(evaluation_job, "predict", lambda *_, **__: pytest.fail("images were classified"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluate(**settings)
 
 
-def test_classes_in_another_order_are_refused_and_other_names_noted():
+def test_a_missing_extra_is_named_before_anything_is_attacked(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    monkeypatch.setattr(evaluation_job, "predict", lambda *_, **__: pytest.fail("images were classified"))
+    with pytest.raises(ImportError, match=r"hf_robust\[eval\]"):
+        evaluate(metrics=("pgd10", "autoattack"))
+
+
+def test_a_call_that_failed_leaves_nothing_that_stands_in_the_way_of_the_next(tmp_path):
+    broken = nn.Sequential(Ladder(scale=2.0), nn.Threshold(100.0, torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        evaluate(broken, output_dir=tmp_path)
+    assert evaluate(output_dir=tmp_path).metrics[PGD10] == sum(STAYS) / 10
+
+
+def test_classes_are_numbered_as_the_model_does_and_other_names_noted():
     images, labels = ladder_images(LEVELS)
     names = ("a", "b", "c", "d")
     data = ImageDataset.from_tensors((images * 255).to(torch.uint8), labels, names)
     assert not evaluate(data=data, metrics=["accuracy"], label_names=names).warnings
-    with pytest.raises(ValueError, match=r"same classes in another order \(b, a, c \.\.\. and a, b, c"):
-        evaluate(data=data, metrics=["accuracy"], label_names=("b", "a", "c", "d"))
+    stored = (images * 255).to(torch.uint8)
+    turned = ImageDataset.from_tensors(stored, torch.tensor([1, 0, 2, 3])[labels], ("b", "a", "c", "d"))
+    without = ImageDataset.from_tensors(stored[1:], labels[1:] - 1, ("b", "c", "d"))  # a split that lacks a class
+    for other in (turned, without):
+        report = evaluate(data=other, metrics=["accuracy"], label_names=names)
+        assert report.metrics["accuracy"] == 1.0 and not report.warnings and report.classes["names"] == list(names)
+        assert torch.equal(report.flags["label"], labels[-len(other) :])
+    with pytest.raises(ValueError, match="class 'b' is number 2 of the model and number 1 of 'tensors'"):
+        evaluate(data=data, metrics=["accuracy"], label_names=("x", "c", "b", "d"))
     warnings = evaluate(data=data, metrics=["accuracy"], label_names=("w", "x", "y", "z")).warnings
     assert warnings == [
         "The classes of the model are called w, x, y ..., those of the data set a, b, c ...: they are "
         "compared by their numbers."
     ]
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "noted"), [("l2", 8 / 255, 1), ("l2", 0.5, 0), ("l1", 1.0, 1), ("linf", EPS, 0)]
+)
+def test_a_budget_of_another_norm_is_noted(norm, eps, noted):
+    report = evaluate(metrics=["accuracy"], norm=norm, eps=eps)
+    assert ["attacks can hardly change anything" in text for text in report.warnings] == [True] * noted
 
 
 def test_metrics_are_put_in_order():

@@ -14,6 +14,7 @@ from PIL import Image
 from hf_robust.evaluation.report import binomial_interval
 from hf_robust.evaluation.robustness_pictures import (
     FAMILIES,
+    curve_doubtful,
     curve_remark,
     plot_class_bars,
     plot_corruptions,
@@ -125,6 +126,15 @@ def test_a_remark_reads_the_curve_as_an_expert_would(curve, norm, said):
     remark = curve_remark(curve, 200, norm)
     assert said in remark
     assert ("masked gradients" in remark) == ("rises" in said or "still" in said)
+    assert curve_doubtful(curve, 200, norm) == ("masked gradients" in remark)
+
+
+@pytest.mark.parametrize("last", [0.0, 0.05, 0.1, 0.15, 0.2, 0.3])
+def test_a_remark_that_finds_nothing_is_no_warning(last):
+    for n in (20, 200, 10_000):
+        curve = {0: 0.8, 32 / 255: last}
+        assert curve_doubtful(curve, n) == ("falls to" not in curve_remark(curve, n))
+    assert curve_doubtful(curve, 10_000) == (last > 0.05)
 
 
 def test_many_images_make_a_small_rise_count():
