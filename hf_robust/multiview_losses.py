@@ -7,7 +7,7 @@ image k. The functions see what they are given: `losses.gather` each view first 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -134,13 +134,10 @@ def supcon(
         raise ValueError(f"hard negatives need two images or more, got {n}: nothing is a negative")
     with torch.autocast(views[0].device.type, enabled=False):  # similarities in bf16 would cost two digits
         u = F.normalize(_at_least_float32(torch.cat(list(views))), dim=1)
-        weights, detached = _pair_tensors(pairs, count, detach_keys, u)
         total = u.new_zeros(n)
-        for keys, chosen in ((u, ~detached), (u.detach(), detached)):
-            chosen = chosen & ~torch.eye(count, dtype=torch.bool)
-            if bool(chosen.any()):  # on the CPU: no accelerator waits
-                terms = _pair_terms(u @ keys.t() / temperature, count, temperature, hard_negatives)
-                total = total + ((weights * chosen.to(weights))[:, :, None] * terms).sum((0, 1))
+        for keys, weights in _weighted_keys(u, pairs, count, detach_keys):
+            terms = _pair_terms(u @ keys.t() / temperature, count, temperature, hard_negatives)
+            total = total + (weights[:, :, None] * terms).sum((0, 1))
     scale = temperature / (base_temperature or temperature) / count / (count - 1 if positives == "mean" else 1)
     return scale * (total.mean() if reduction == "mean" else total)
 
@@ -222,10 +219,18 @@ def _cross_pairs(views: int, adversarial: Collection[int]) -> tuple[Tensor, Tens
     return to_adversarial, to_adversarial.t()
 
 
-def _pair_tensors(pairs: PairRule | None, count: int, detach_keys: bool, like: Tensor) -> tuple[Tensor, Tensor]:
+def _weighted_keys(
+    u: Tensor, pairs: PairRule | None, count: int, detach_keys: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys with or without gradient, and the weights `(V, V)` of the terms that take them."""
+    others = ~torch.eye(count, dtype=torch.bool)
     if pairs is None:
-        return like.new_ones(count, count), torch.full((count, count), detach_keys)
-    return pairs.weights.to(like), pairs.detached | detach_keys
+        yield u.detach() if detach_keys else u, others.to(u)
+        return
+    detached = pairs.detached | detach_keys
+    for keys, chosen in ((u, others & ~detached), (u.detach(), others & detached)):
+        if bool(chosen.any()):  # on the CPU: no accelerator waits
+            yield keys, pairs.weights.to(u) * chosen.to(u)
 
 
 def _pair_terms(logits: Tensor, count: int, temperature: float, hard_negatives: HardNegatives | None) -> Tensor:
