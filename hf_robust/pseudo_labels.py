@@ -21,6 +21,7 @@ from hf_robust.data import ImageDataset
 from hf_robust.evaluation.accuracy import progress_bar
 from hf_robust.evaluation.probe import extract_features
 from hf_robust.objectives.base import Objective
+from hf_robust.run_facts import encoder_title
 from hf_robust.teachers import load_teacher
 from hf_robust.training_args import RobustTrainingArguments
 
@@ -301,8 +302,7 @@ class Labelling:
         teacher = load_teacher(self.teacher).to(shared["device"])
         size = getattr(getattr(teacher.network, "config", None), "image_size", None)
         size = size if isinstance(size, int) else model.config.image_size
-        place = Path(teacher.name)
-        name = "/".join(place.parts[-2:]) if place.exists() else teacher.name  # paths of this machine are nobody's
+        name = encoder_title(teacher.name)  # paths of this machine are nobody's
         return cluster_images(teacher, self.dataset, self.clusters, size=size, source=name, **shared)
 
     def _made_by(self, model: Any, shared: dict[str, Any]) -> PseudoLabels:

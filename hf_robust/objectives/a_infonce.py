@@ -57,6 +57,7 @@ class AInfoNCE(Objective):
         `Asym-RoCL/loss.py`. The RoCL code leaves the 2 of the pairs out: its published weight 1 is `pair_weight` 0.5.
     """
 
+    take_when: ClassVar[str] = "clean accuracy suffers from the attack of the host method"
     citation: ClassVar[str] = """@inproceedings{yu2022adversarial,
   title     = {Adversarial Contrastive Learning via Asymmetric {InfoNCE}},
   author    = {Yu, Qiying and Lou, Jieming and Zhan, Xianyuan and Li, Qizhang and Zuo, Wangmeng and others},

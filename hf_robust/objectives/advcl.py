@@ -54,6 +54,9 @@ class AdvCL(Objective):
         and left out. It trains on raw pixels, by DataParallel with the statistics of each GPU.
     """
 
+    take_when: ClassVar[str] = (
+        "a good encoder is at hand whose clusters can serve as labels, and a linear classifier will stand on top"
+    )
     citation: ClassVar[str] = """@inproceedings{fan2021does,
   title     = {When Does Contrastive Learning Preserve Adversarial Robustness from Pretraining to Finetuning?},
   author    = {Fan, Lijie and Liu, Sijia and Chen, Pin-Yu and Zhang, Gaoyuan and Gan, Chuang},

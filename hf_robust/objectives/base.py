@@ -89,7 +89,8 @@ class Objective:
     - `training_attack`: what the attack's flags default to;
     - `recipe`: published training settings, names of training arguments with their values, which flags default to;
       empty where the training arguments' own defaults are the published ones;
-    - `citation`: BibTeX of the method, for the model card.
+    - `citation`: BibTeX of the method, for the model card;
+    - `take_when`: when it is better than its neighbours, half a sentence for the table of methods.
     """
 
     trains: ClassVar[Literal["all", "classifier", "adapter"]] = "all"
@@ -97,6 +98,7 @@ class Objective:
     training_attack: ClassVar[PGD] = PGD()
     recipe: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     citation: ClassVar[str] = ""
+    take_when: ClassVar[str] = ""
 
     @property
     def views(self) -> tuple[str, ...]:

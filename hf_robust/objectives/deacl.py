@@ -50,6 +50,7 @@ class DeACL(Objective):
             "dataloader_drop_last": True,
         }
     )
+    take_when: ClassVar[str] = "an encoder exists already, or time is short"
     citation: ClassVar[str] = """@inproceedings{zhang2022decoupled,
   title     = {Decoupled Adversarial Contrastive Learning for Self-supervised Adversarial Robustness},
   author    = {Zhang, Chaoning and Zhang, Kang and Zhang, Chenshuang and Niu, Axi and Feng, Jiu and others},

@@ -53,6 +53,7 @@ class FARE(Objective):
             "dataloader_drop_last": True,
         }
     )
+    take_when: ClassVar[str] = "something is already built on the features, which must stay what they are"
     citation: ClassVar[str] = """@inproceedings{schlarmann2024robust,
   title     = {Robust CLIP: Unsupervised Adversarial Fine-Tuning of Vision Embeddings for \
 Robust Large Vision-Language Models},

@@ -40,6 +40,7 @@ class RoCL(Objective):
         processes add up to one. View 2 is embedded once per attack, not once per step: it is a constant there.
     """
 
+    take_when: ClassVar[str] = "the encoder must have a single set of norm statistics while it trains"
     citation: ClassVar[str] = """@inproceedings{kim2020rocl,
   title     = {Adversarial Self-Supervised Contrastive Learning},
   author    = {Kim, Minseon and Tack, Jihoon and Hwang, Sung Ju},

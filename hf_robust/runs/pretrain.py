@@ -34,7 +34,7 @@ from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretraini
 from hf_robust.objectives import Objective, load_objective
 from hf_robust.pretrainer import RobustPretrainer
 from hf_robust.pseudo_labels import PseudoLabels
-from hf_robust.run_facts import dataset_title, training_facts
+from hf_robust.run_facts import dataset_title, encoder_title, training_facts
 from hf_robust.runs.console import tell
 from hf_robust.runs.push import push_result
 from hf_robust.runs.students import begin_at_teacher
@@ -257,7 +257,7 @@ def write_report(
     objective, config = trainer.objective, trainer.encoder_model.config
     base = getattr(objective, "base", None)
     parameters = {k: v for k, v in vars(objective).items() if k != "base"} | (vars(base) if base else {})
-    parameters |= {"teacher": run.model.teacher} if run.model.teacher else {}
+    parameters |= {"teacher": redact(encoder_title(run.model.teacher))} if run.model.teacher else {}
     parameters |= {"pseudo_labels": trainer.labelling.labels.source} if trainer.labelling.labels else {}
     dataset = dataset_title(run.data.dataset_name)
     name = f"{objective.title} {config.architecture} {dataset.split('/')[-1]}"

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -422,6 +423,9 @@ def test_declarations(objective):
     for progress in (0.0, 0.3, 1.0):
         assert 0 <= objective.strength(progress) <= 1
     assert "Source:" in type(objective).__doc__
+    about = (sys.modules[type(objective).__module__].__doc__ or "").partition("\n")[0]
+    assert re.fullmatch(r"[\w-]+: .+\.", about), "the first line of the file is the method's line in tables"
+    assert bool(type(objective).take_when) or type(objective).needs_labels and objective.recipe
 
 
 def test_the_recipe_is_made_of_training_arguments(objective, tmp_path):
