@@ -24,9 +24,9 @@ PUBLISHED = sorted(
 )
 SELECTED = sorted(f"{method}_rcs_{data}" for method in ("acl", "dynacl") for data in ("cifar10", "cifar100", "stl10"))
 IMAGENET = ["acl_rcs_imagenet32", "sat_rcs_imagenet224", "sat_rcs_imagenet32"]
-LEADERBOARD = ["advcl_cifar10", "rocl_cifar10"]
-TAUGHT = ["deacl_cifar10", "fare_imagenet224"]
-HOSTED = ["a_infonce_advcl_cifar10", "a_infonce_rocl_cifar10"]
+LEADERBOARD = ["advcl_cifar10", "advcl_cifar100", "rocl_cifar10", "rocl_cifar100"]
+TAUGHT = ["deacl_cifar10", "deacl_cifar100", "fare_imagenet224"]
+HOSTED = [f"a_infonce_{host}_{data}" for host in ("advcl", "rocl") for data in ("cifar10", "cifar100")]
 # "ACL, train_simCLR.py: --lr 5.0", or "ours: why".
 SOURCE = re.compile(r"(?P<code>[A-Za-z]+), [\w/.-]+\.(py|sh|md): \S.*|ours: \S.*")
 BUDGET = re.compile(r"\d+/\d+")
@@ -204,6 +204,23 @@ def test_imagenet_runs(name):
     assert Fraction("8/765") == Fraction(4, 255) * 2 / 3
     assert values["coreset_validation_fraction"] == 0.005 and values["normalize"] is False
     assert values.get("lr_milestones") == ([29, 59] if name.endswith("224") else None)
+
+
+@pytest.mark.parametrize("name", ["advcl", "rocl", "deacl", "a_infonce_advcl", "a_infonce_rocl"])
+def test_what_a_run_on_cifar100_changes(name):
+    """Data, names, and what its own script says: nothing else, so that a change of one file reaches the other."""
+    ten, hundred = (
+        read((CONFIGS / f"{name}_{data}.yaml").read_text(encoding="utf-8")) for data in ("cifar10", "cifar100")
+    )
+    changed = {key: value for key, value in hundred.items() if ten.get(key) != value}
+    own = {
+        "a_infonce_advcl": {"sigma": 0.3, "pair_weight": 1.5, "sigma_warmup": 0.05, "minimal_distance": 0.5}
+        | {"tau_plus": 0.01},
+        "a_infonce_rocl": {"tau_plus": 0.1, "learning_rate": 3.0},
+        "deacl": {"teacher": "outputs/simclr_cifar100/encoder"},
+    }
+    data = {"dataset_name": "uoft-cs/cifar100", "label_column": "fine_label", "output_dir": f"outputs/{name}_cifar100"}
+    assert ten.keys() == hundred.keys() and changed == data | own.get(name, {})
 
 
 @pytest.mark.parametrize("name", [*LEADERBOARD, *TAUGHT])

@@ -13,10 +13,10 @@ The budget is processor seconds of the pre-training (`--minutes`, 6 by default).
 away; they say how many steps fit, so that schedules of rate and augmentation end where the budget ends. How many
 seconds it then took is in the record.
 
-Methods that need an encoder pay for it: `teacher` is a SimCLR of the same seed in half the budget. DeACL and FARE start
-from it and have the other half; AdvCL learns its clusters as pseudo-labels (no network of ImageNet here) and pays for
-the clustering, too. In `deacl_given` and `fare_given` the teacher is the SimCLR of the whole budget, and nobody pays:
-what the methods do where an encoder is there already.
+Methods that need an encoder pay for it: `teacher` is a SimCLR of the same seed in half the budget. DeACL and FARE
+start from it and have the other half; AdvCL learns its clusters as pseudo-labels (no network of ImageNet here) and
+pays for the clustering, too. In `deacl_given` and `fare_given` the teacher is the SimCLR of the whole budget, and
+nobody pays: what the methods do where an encoder is there already.
 
 Equal for all: images, network, batch, precision, attack budget of 8/255, fine-tuning, and the schedule: warm-up over a
 twentieth of the steps, then a cosine to 0. As published: attacks (FARE: the common one in place of 10 steps at 4/255),
