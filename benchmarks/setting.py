@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "thin16": ("resnet18_cifar", {"channels": [16, 32, 64, 128]}, 32),
     "wrn28_10": ("wide_resnet28_10", {}, 32),
     "resnet50": ("resnet50", {}, 224),
+    "vit_tiny": ("vit_tiny_patch4_32", {}, 32),
     "tiny": ("resnet10_cifar", {"channels": [8, 8, 8, 8], "stem_stride": 2}, 8),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}

@@ -1,4 +1,4 @@
-"""Weights shared out between processes (FSDP2): every process keeps a part of every weight and of its optimiser state."""
+"""Weights shared out between processes (FSDP2): each process keeps a part of every weight and its state."""
 
 from __future__ import annotations
 

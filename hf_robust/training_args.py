@@ -15,7 +15,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_robust.hub_folders import check_repo_id
 
-__all__ = ["WITHOUT_EFFECT", "RobustTrainingArguments"]
+__all__ = ["WITHOUT_EFFECT", "RobustTrainingArguments", "check_fsdp_settings"]
 
 
 # Settings of the stock trainer that this one does not read, or that the attack would bypass, and what to do instead.

@@ -178,7 +178,7 @@ def coresets(case: str) -> dict[str, Any]:
 
 
 def sharded(case: str) -> dict[str, Any]:
-    """Two steps, of case "shard" with weights shared out: losses, gradients, weights; a checkpoint in between and what follows it."""
+    """Two steps, of case "shard" with weights shared out: what they leave and what follows a checkpoint."""
     objective = {"lars": ACL(), "adamw": DynACL(ema_decay=0.9)}[optimizer := case.split("-")[1]]
     found: dict[str, Any] = {"gradients": [], "held": set()}
 
@@ -242,11 +242,6 @@ def selection_in_float64(case: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    kinds = {
-        "rcs": coresets,
-        "finetune": finetuning_step,
-        "shard": sharded,
-        "whole": sharded,
-        "rcs64": selection_in_float64,
-    }
+    kinds = {"rcs": coresets, "rcs64": selection_in_float64, "finetune": finetuning_step}
+    kinds |= {"shard": sharded, "whole": sharded}
     torch.save({c: kinds.get(c.split("-")[0], step)(c) for c in cases}, f"{out}-{rank}.pt")

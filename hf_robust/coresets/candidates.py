@@ -96,7 +96,7 @@ class Scorer:
         task = self._task
         batch = task.views({k: v.to(task.device) for k, v in items.items()}, task.generator(f"views {number}"))
         attack = self._bound(self._attack, task.generator(f"attack {number}"))
-        context = StepContext(attack, task.progress, None, task.autocast)
+        context = StepContext(attack, task.progress, None, task.autocast, seen=task.seen)
         passes = task.objective.candidate_passes(task.model, batch, context)
         with torch.no_grad():
             features = [(branch, wide(task.model.features(x, branch))) for branch, x in passes]

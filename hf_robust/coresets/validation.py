@@ -120,7 +120,7 @@ class ValidationDistance:
 
         def distance(images: Tensor) -> Tensor:
             with self._task.autocast():
-                found = self._task.model.features(images, self._attacked)
+                found = self._task.seen().features(images, self._attacked)
             return representational_distance(clean, outputs(self._attacked, found), self._kind) * ATTACK_SCALE
 
         return self._attack(distance, self._task.originals(images), start)

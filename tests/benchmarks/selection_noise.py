@@ -14,12 +14,12 @@ from hf_robust.attacks import PGD
 def stacked_noise(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """A list that grows by the start of every attack, in the order of its images."""
     drawn: list[Tensor] = []
-    original = PGD._start
+    original = PGD.first
 
     def start(self: PGD, x: Tensor, generator: torch.Generator | None) -> Any:
         noise = original(self, x, generator)
         drawn.append(noise.clone())
         return noise
 
-    monkeypatch.setattr(PGD, "_start", start)
+    monkeypatch.setattr(PGD, "first", start)
     return drawn

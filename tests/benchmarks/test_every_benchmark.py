@@ -73,6 +73,16 @@ def test_selection_optimiser_and_evaluation():
     assert command.modules()["rcs"][1].measure(options) == []
 
 
+def test_scaling_counts_what_is_communicated():
+    results = run("--only", "scaling", "--batch_size", "8")
+    assert list(results) == ["scaling/strong/2", "scaling/weak/2"]
+    for result, images in zip(results.values(), (4, 8), strict=True):
+        assert result["images_per_process"] == images and result["efficiency"] == result["ratio"] / 2 > 0
+        # five losses of the attack and two of the training: both views of all images, 8 values of 4 bytes each
+        assert result["gathered_bytes"] == 7 * 2 * (2 * images) * 8 * 4
+        assert result["reduced_bytes"] > result["gathered_bytes"] and result["gradient_bytes"] == 22784
+
+
 def test_augmentation_agrees_with_pil():
     (result,) = run("--only", "augmentation").values()
     assert result["microseconds_per_view"] == pytest.approx(1e6 / result["images_per_second"])

@@ -34,8 +34,8 @@ def noise_of(task):
 
     def noise(name, x):
         if name == "validation":
-            return PGD()._start(x.float(), validation).double()
-        stacked = PGD()._start(x.float(), task.generator(f"attack {name.removeprefix('candidate ')}"))
+            return PGD().first(x.float(), validation).double()
+        stacked = PGD().first(x.float(), task.generator(f"attack {name.removeprefix('candidate ')}"))
         return interleave(*stacked.chunk(2)).double()
 
     return noise
