@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_a_run_from_flags_to_card(tmp_path, teacher, capsys):
     assert f"teacher: {teacher}" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["objective"]["parameters"]["adapter_rank"] == 2
-    assert report["objective"]["parameters"]["teacher"].endswith("encoder")
+    assert re.fullmatch(r"[^/]+/encoder", report["objective"]["parameters"]["teacher"])  # no path of this machine
     exported = load_teacher(tmp_path / "encoder")
     assert exported(torch.rand(2, 3, 8, 8)).shape == (2, 8)
     assert "schlarmann2024robust" in (tmp_path / "README.md").read_text()
