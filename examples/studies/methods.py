@@ -274,7 +274,7 @@ def pretrain(cell: Cell, study: Study, work: Path) -> dict[str, Any]:
     """Pre-train within the budget, export the encoder and say what it took."""
     paid, started = study.paid(cell), time.process_time()
     labels = pseudo_labels(cell, study)
-    paid += time.process_time() - started
+    paid += time.process_time() - started if labels else 0.0
     seconds = METHODS[cell.method].share * study.seconds - paid
     steps = steps_within(cell, study, labels, seconds, work)
     trainer = build(cell, study, labels, steps, work)
