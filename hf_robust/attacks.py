@@ -197,7 +197,7 @@ class PGD:
 
     def to_dict(self) -> dict[str, Any]:
         """Settings for reports; options that are not in use are left out."""
-        hidden = ("step_sizes", "min_gain", "replay")
+        hidden = ("clip_start", "step_sizes", "min_gain", "replay")
         kept = [f for f in fields(self) if f.name not in hidden or getattr(self, f.name) != f.default]
         return {f.name: getattr(self, f.name) for f in kept}
 
