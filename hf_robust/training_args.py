@@ -173,6 +173,8 @@ class RobustTrainingArguments(TrainingArguments):
         self._refuse_what_has_no_effect()
         self._read_launcher()
         checkpointing = self._take_checkpointing()
+        if self.accelerator_config is None:  # or the host would wait for the device at the copy of every batch
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
         self.gradient_checkpointing = checkpointing
         self._check_combinations()

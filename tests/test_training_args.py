@@ -258,3 +258,9 @@ def test_a_missing_logger_is_named_with_the_command_that_installs_it(monkeypatch
 def test_milestones_rise(tmp_path, milestones):
     with pytest.raises(ValueError, match="lr_milestones must be rising positive epochs such as 30 60, got"):
         RobustTrainingArguments(output_dir=str(tmp_path), report_to="none", lr_milestones=milestones)
+
+
+def test_batches_are_copied_to_the_device_without_waiting(tmp_path):
+    assert RobustTrainingArguments(str(tmp_path), report_to="none").accelerator_config.non_blocking is True
+    asked = RobustTrainingArguments(str(tmp_path), report_to="none", accelerator_config={"non_blocking": False})
+    assert asked.accelerator_config.non_blocking is False
