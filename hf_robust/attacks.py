@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 __all__ = ["PGD", "LossFn", "frozen", "parse_budget"]
 
 LossFn = Callable[[Tensor], Tensor]
+_OPTIONS = ("start_std", "step_sizes", "min_gain", "replay")  # shown where they are not at their defaults
 
 
 def parse_budget(value: str | float) -> float:
@@ -85,13 +86,25 @@ class PGD:
         random_start (`bool`, defaults to `True`): start uniformly inside the ball rather than at the image.
         start_std (`float`, *optional*): start at Gaussian noise of this standard deviation around the image instead,
             in pixels of [0, 1], clipped neither to the ball nor to the image range; TRADES takes 0.001.
+        step_sizes (`tuple[float, ...]`, *optional*): lengths of the steps one after another, instead of `steps` times
+            `step_size`, same unit as `eps`; the two then read as their number and the first of them. Another
+            algorithm than the published one, see [`~hf_robust.attack_schedules.with_schedule`].
+        min_gain (`float`, defaults to 0, never): stop when a step has raised the loss by less than this share of its
+            value before. Seen in the forward pass of the next step, whose backward pass and all further steps are
+            saved: k steps cost 2 k + 1 passes instead of 2 `steps`. One decision for the whole batch, read from the
+            device in every step but the first (a host synchronisation). Another algorithm than the published one.
+        replay (`bool`, defaults to `False`): an image's attack starts where its last one ended. Whoever calls the
+            attack remembers perturbations and hands them over as `start`; the trainers do, from one epoch to the
+            next. Another algorithm than the published one.
 
     Raises:
-        ValueError: for a budget outside its range, a negative number of steps, an unknown norm, or a `start_std` that
-            is not positive or stands beside `random_start=False`.
+        ValueError: for a budget outside its range, a negative number of steps, an unknown norm, a `start_std` that
+            is not positive or stands beside `random_start=False`, `step_sizes` that contradict `steps` or
+            `step_size`, or a `min_gain` outside [0, 1).
 
     Source: Madry et al. 2018; the order of operations (uniform start not clipped to the image range, step, ball,
         box, last iterate) follows the released ACL code, `train_simCLR.py` and `ACL_RCS.py` (`PGD_contrastive`).
+        `step_sizes`, `min_gain` and `replay` are ours.
     """
 
     eps: float = field(default=8 / 255, metadata={"help": "Radius of the attack in pixels of [0, 1]; write 8/255."})
@@ -103,25 +116,36 @@ class PGD:
         default=None,
         metadata={"help": "Gaussian start of this standard deviation instead of the uniform one; TRADES: 0.001."},
     )
+    step_sizes: None | tuple[float, ...] = None
+    min_gain: float = 0.0
+    replay: bool = False
 
     def __repr__(self) -> str:
-        # Checkpoints are compared by this text: those written before there was a Gaussian start still resume.
-        shown = [f for f in fields(self) if f.name != "start_std" or self.start_std is not None]
+        # Checkpoints are compared by this text: those written before there was an option still resume.
+        shown = [f for f in fields(self) if f.name not in _OPTIONS or getattr(self, f.name) != f.default]
         return f"PGD({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"norm must be 'linf' or 'l2', got {self.norm!r}")
+        if self.step_sizes is not None:
+            self._take_step_sizes(tuple(self.step_sizes))
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(
+                f"min_gain must be in [0, 1), got {self.min_gain}: the share of its value by which a step must raise "
+                "the loss, such as 0.01; 0 never stops early"
+            )
         if self.norm == "linf" and not 0 < self.eps <= 1:
             raise ValueError(
                 f"eps must be in (0, 1], got {self.eps}: budgets are in pixels of [0, 1], for 8 levels write 8/255"
             )
         if self.norm == "l2" and not 0 < self.eps < float("inf"):
             raise ValueError(f"eps must be positive, got {self.eps}: a common L2 budget on CIFAR-10 is 128/255")
-        if not 0 < self.step_size < float("inf"):
-            raise ValueError(f"step_size must be positive, got {self.step_size}: a common choice is 2/255")
-        if self.norm == "linf" and self.step_size > 1:
-            raise ValueError(f"step_size must be in (0, 1], got {self.step_size}: for 2 grey levels write 2/255")
+        for size in self.sizes or (self.step_size,):
+            if not 0 < size < float("inf"):
+                raise ValueError(f"step_size must be positive, got {size}: a common choice is 2/255")
+            if self.norm == "linf" and size > 1:
+                raise ValueError(f"step_size must be in (0, 1], got {size}: for 2 grey levels write 2/255")
         if self.steps < 0:
             raise ValueError(f"steps must be 0 or more, got {self.steps}")
         if self.start_std is not None:
@@ -134,6 +158,58 @@ class PGD:
                 raise ValueError(
                     f"start_std={self.start_std} asks for a random start, random_start=False for none: leave one out"
                 )
+
+    def _take_step_sizes(self, sizes: tuple[float, ...]) -> None:
+        """Let `steps` and `step_size` say the same; they may only have been left out, or say so already."""
+        if not sizes:
+            raise ValueError("step_sizes must hold a length for every step, got none: for no step write steps=0")
+        said = {"steps": len(sizes), "step_size": sizes[0]}
+        default = {f.name: f.default for f in fields(self)}
+        for name, value in said.items():
+            if getattr(self, name) not in (value, default[name]):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} contradicts step_sizes={sizes}, which are {len(sizes)} steps of "
+                    f"their own lengths: leave {name} out"
+                )
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "step_sizes", sizes)
+
+    @property
+    def title(self) -> str:
+        """Name in messages and tables: `"PGD-5, linf 8/255"`; what differs from the published form is told."""
+        sizes = ", ".join(f"{size * 255:.3g}" for size in self.sizes)
+        told = [f"steps {sizes} /255"] if self.step_sizes is not None else []
+        told += [f"stops below {100 * self.min_gain:g} % gain"] if self.min_gain else []
+        told += ["replayed"] if self.replay else []
+        extra = f" ({'; '.join(told)})" if told else ""
+        return f"PGD-{self.steps}, {self.norm} {self.eps * 255:.3g}/255{extra}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings for reports; options that are not in use are left out."""
+        hidden = ("step_sizes", "min_gain", "replay")
+        kept = [f for f in fields(self) if f.name not in hidden or getattr(self, f.name) != f.default]
+        return {f.name: getattr(self, f.name) for f in kept}
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """Length of every step, in the order in which they are taken, same unit as `eps`."""
+        return self.step_sizes if self.step_sizes is not None else (self.step_size,) * max(0, self.steps)
+
+    def with_steps(self, steps: int) -> PGD:
+        """The same attack with another number of steps, all of one length, which lead as far together.
+
+        Args:
+            steps (`int`): 0 or more.
+
+        Returns:
+            [`PGD`]: itself if it has so many steps already; a step in L-inf is never longer than 1.
+        """
+        if steps == self.steps:
+            return self
+        length = sum(self.step_sizes) if self.step_sizes is not None else self.step_size * self.steps
+        size = length / max(1, steps)
+        size = min(1.0, size) if self.norm == "linf" else size
+        return replace(self, step_sizes=None, steps=steps, step_size=size or self.step_size)
 
     def __call__(
         self, loss_fn: LossFn, x: Tensor, start: Tensor | None = None, *, generator: torch.Generator | None = None
@@ -163,24 +239,36 @@ class PGD:
         if start is not None and start.shape != x.shape:
             raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
         x = x.detach()
-        delta = self._start(x, generator) if start is None else start.detach().to(x)
+        delta = self.first(x, generator) if start is None else start.detach().to(x)
         if self.steps == 0:
             return (x + self._project(delta, x)).clamp(0, 1)
-        for _ in range(self.steps):
-            delta = self._project(self._step(delta, self._input_gradient(loss_fn, x, delta)), x)
+        before: Tensor | None = None
+        for size in self.sizes:
+            leaf = delta.detach().requires_grad_(True)
+            with torch.enable_grad():
+                loss = loss_fn(x + leaf)
+            if loss.dim() != 0:
+                raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it with .sum()")
+            if self.min_gain:
+                now = loss.detach()
+                if before is not None and bool(now - before < self.min_gain * before.abs()):
+                    break
+                before = now
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+            delta = self._project(self._step(delta, gradient, size), x)
         return (x + delta).clamp(0, 1)
 
-    @staticmethod
-    def _input_gradient(loss_fn: LossFn, x: Tensor, delta: Tensor) -> Tensor:
-        delta = delta.detach().requires_grad_(True)
-        with torch.enable_grad():
-            loss = loss_fn(x + delta)
-        if loss.dim() != 0:
-            raise ValueError(f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it with .sum()")
-        (gradient,) = torch.autograd.grad(loss, delta)
-        return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+    def first(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the perturbation that an attack on `x` starts from.
 
-    def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        Args:
+            x (`torch.Tensor` of shape `(N, C, H, W)`): images, pixels in [0, 1], float.
+            generator (`torch.Generator`, *optional*): source of the noise; see `__call__`.
+
+        Returns:
+            `torch.Tensor` of shape `(N, C, H, W)`: zeros without a random start.
+        """
         if not self.random_start:
             return torch.zeros_like(x)
         generator = generator or _generator_like_global(x.device)
@@ -195,10 +283,10 @@ class PGD:
         dimension = noise[0].numel() if len(noise) else 1
         return noise / _norms(noise) * (self.eps * radius ** (1 / dimension)).view(-1, *[1] * (x.dim() - 1))
 
-    def _step(self, delta: Tensor, gradient: Tensor) -> Tensor:
+    def _step(self, delta: Tensor, gradient: Tensor, size: float) -> Tensor:
         if self.norm == "linf":
-            return delta + self.step_size * gradient.sign()
-        return delta + self.step_size * gradient / _norms(gradient)
+            return delta + size * gradient.sign()
+        return delta + size * gradient / _norms(gradient)
 
     def _project(self, delta: Tensor, x: Tensor) -> Tensor:
         if self.norm == "linf":

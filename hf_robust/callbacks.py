@@ -54,13 +54,14 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 
     Args:
         teacher (`nn.Module`): changed in place.
-        student (`nn.Module`): same structure.
+        student (`nn.Module`): same structure; weights that are shared out between processes are gathered.
         decay (`float`): in [0, 1); 0.99 as published.
 
     Source: released DynACL code, `models/resnet_multi_bn.py`; called once per iteration, before the optimiser step.
     """
     targets: list[torch.Tensor] = list(teacher.parameters())
-    sources: list[torch.Tensor] = list(student.parameters())
+    held: list[Any] = list(student.parameters())
+    sources: list[torch.Tensor] = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in held]
     torch._foreach_lerp_(targets, sources, 1.0 - decay)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 __all__ = [
     "check_run",
+    "describe_run",
     "discard",
     "fingerprint",
     "is_write_error",
@@ -131,6 +132,36 @@ def write_run(checkpoint: str | Path, run: dict[str, str]) -> None:
         run (`dict[str, str]`): names to settings, as text.
     """
     (Path(checkpoint) / _RUN).write_text(json.dumps(run, indent=1))
+
+
+def describe_run(trainer: Any) -> dict[str, str]:
+    """What decides the course of a training, and what a checkpoint must therefore agree with to be resumed exactly.
+
+    Args:
+        trainer (`RobustTrainer`): about to train.
+
+    Returns:
+        `dict[str, str]`: names to settings.
+    """
+    args, config = trainer.args, trainer.accelerator.unwrap_model(trainer.model).config
+    batch = (args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps)
+    schedule = (args.learning_rate, args.warmup_epochs, args.min_learning_rate, args.lr_granularity)
+    return {
+        "objective": repr(trainer.objective),
+        "attack": repr(trainer.attack),
+        "network": f"{config.architecture} {config.model_args} {config.image_size} px",
+        "optimizer, momentum, weight decay": repr((args.optimizer, args.momentum, args.weight_decay)),
+        "learning rate, warm-up, floor, granularity": repr(schedule),
+        "learning rate milestones": repr(args.lr_milestones),
+        "epochs, max_steps": repr(trainer._asked_length),
+        "coreset": repr(trainer.phases.method),
+        "precision": trainer.accelerator.mixed_precision,
+        "folded norms, torch.compile": repr((args.fold_norms, args.compile_options)),
+        "norm statistics of the whole batch": str(args.sync_norm),
+        "batch (images, processes, accumulation)": repr(batch),
+        "training images": str(len(trainer.train_dataset)),
+        "seed": str(args.seed),
+    }
 
 
 def check_run(checkpoint: str | Path, run: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_robust.attack_flags import AttackArguments, attack_of, plain_attack_flags
 from hf_robust.attacks import PGD
 from hf_robust.coresets import CoresetMethod, FullData, coreset_names, load_coreset_method
 from hf_robust.flags import (
@@ -138,14 +139,13 @@ def parse_pretrain(
     except ValueError as error:
         first.error(str(error))
     methods = [t for t in (objective_type, base_type) if t]
-    parser = _parser(
-        [DataArguments, ModelArguments, *methods, PGD, RobustTrainingArguments], coreset_type, description, prog
-    )
+    parser = _parser([DataArguments, ModelArguments, *methods], coreset_type, description, prog)
     set_defaults(parser, values, config, never_null=_CORESET)
     namespace = vars(parser.parse_args(argv))
     try:
         method = take(coreset_type, _prefix_removed(namespace), **path)
-        return _build(namespace, objective_type, base_type, method)
+        attack = attack_of(namespace, argv, values)
+        return _build(namespace, objective_type, base_type, method, attack)
     except (ValueError, TypeError, ImportError) as error:
         parser.error(str(error))
 
@@ -171,6 +171,7 @@ def _build(
     objective_type: type[Objective],
     base_type: type[Objective] | None,
     coreset: CoresetMethod,
+    attack: PGD,
 ) -> PretrainRun:
     nested = {"base": take(base_type, values)} if base_type else {}
     model = take(ModelArguments, values)
@@ -186,7 +187,7 @@ def _build(
         data=take(DataArguments, values),
         model=model,
         objective=take(objective_type, values, **nested),
-        attack=take(PGD, values),
+        attack=attack,
         training=take(RobustTrainingArguments, values),
         coreset=coreset,
     )
@@ -218,10 +219,14 @@ def _owner(key: str) -> str:
 def _parser(
     types: Sequence[type[Any]], coreset: type[CoresetMethod], description: str | None, prog: str | None
 ) -> FlagParser:
-    titles = {DataArguments: "images", ModelArguments: "network", PGD: "attack during training"}
-    titles[RobustTrainingArguments] = "training"
+    titles = {DataArguments: "images", ModelArguments: "network"}
     groups = [(titles.get(t, f"method {t.__name__}"), as_flags(t, ["base"])) for t in types]
-    groups.insert(-2, (f"coreset {coreset.__name__}", as_flags(coreset, ["path"], _CORESET)))  # before the attack
+    groups += [
+        (f"coreset {coreset.__name__}", as_flags(coreset, ["path"], _CORESET)),
+        ("attack during training", plain_attack_flags()),
+        ("attack during training, other algorithms", AttackArguments),
+        ("training", RobustTrainingArguments),
+    ]
     parser = FlagParser(
         groups,
         _owner,

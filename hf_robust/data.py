@@ -9,8 +9,9 @@ converted to RGB; transparency is composited over white; 16-bit grey is divided 
 255).
 
 Columns: the image column is the one of type `Image` (or `{"bytes", "path"}`, as other writers store it), the label
-column the one of type `ClassLabel`, else an integer or string column called `label` or `labels`. Among several,
-one called `image`, `img` or `images` (`label` or `labels`) is taken; otherwise the error lists the candidates.
+column the one of type `ClassLabel`, else an integer or string column called `label`, `labels` or (WebDataset) `cls`.
+Among several, one called `image`, `img` or `images` (`label`, `labels`, `cls`) is taken; otherwise the error lists the
+candidates.
 Integer labels are class numbers as they stand, strings are numbered in sorted order of the strings in this split.
 Labels that are all missing (null, -1 or empty) make an unlabelled set; labels that are partly missing are an
 error.
@@ -62,10 +63,11 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         image_size: tuple[int, int],
         encoded: EncodedImages | None = None,
         num_classes: int | None = None,
+        replaces_unreadable: bool = False,
     ) -> None:
         self.images, self.labels, self.label_names = images, labels, label_names
         self.name, self.image_size = name, image_size
-        self._encoded = encoded
+        self._encoded, self._replaces_unreadable = encoded, replaces_unreadable
         if labels is not None and num_classes is None:
             num_classes = len(label_names) if label_names else int(labels.max()) + 1
         self._num_classes = None if labels is None else num_classes
@@ -142,6 +144,7 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
             image_size=self.image_size,
             encoded=None if self._encoded is None else self._encoded.select(chosen.tolist()),
             num_classes=self._num_classes,
+            replaces_unreadable=self._replaces_unreadable,
         )
 
     def relabelled(self, labels: Tensor, label_names: Sequence[str] | None = None) -> ImageDataset:
@@ -162,7 +165,13 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
             )
         names = None if label_names is None else tuple(label_names)
         return ImageDataset(
-            self.images, labels, names, name=self.name, image_size=self.image_size, encoded=self._encoded
+            self.images,
+            labels,
+            names,
+            name=self.name,
+            image_size=self.image_size,
+            encoded=self._encoded,
+            replaces_unreadable=self._replaces_unreadable,
         )
 
     def numbered_as(self, other: ImageDataset) -> ImageDataset:
@@ -203,11 +212,15 @@ class ImageDataset(torch.utils.data.Dataset[dict[str, Any]]):
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"index must be in 0..{len(self) - 1}, got {index}: the data set has {len(self)} items")
-        item: dict[str, Any] = {"index": index}
+        item: dict[str, Any] = {}
         if self.images is not None:
             item["image"] = self.images[index]
+        elif self._encoded is not None and self._replaces_unreadable:
+            index, pixels = self._encoded.decode_or_next(index, self.image_size)
+            item["image"] = to_tensor(pixels)
         elif self._encoded is not None:
             item["image"] = to_tensor(self._encoded.decode(index, self.image_size))
+        item["index"] = index
         if self.labels is not None:
             item["label"] = int(self.labels[index])
         return item
@@ -261,20 +274,24 @@ def load_image_dataset(
     memory_budget: int = 4 * 2**30,
     max_examples: int | None = None,
     seed: int = 0,
+    check_images: bool = True,
 ) -> ImageDataset:
     """Load images of any source, mode and size as uint8 RGB images of one size.
 
     How pixels, columns and sizes are treated is said at the top of this module.
     Every image is decoded once at load, also when the set is too large for memory and will be decoded again at access:
-    a broken file shows here and not hours into a run.
+    a broken file shows here and not hours into a run. `check_images=False` saves that for sets of millions of images.
+
+    Larger than memory: the table of a folder of parquet, arrow or tar files is mapped, not read (`datasets` writes it
+    once to its cache on the disk), and an item is decoded by whoever asks for it, such as a worker of a `DataLoader`.
 
     Args:
         name (`str`, path, `datasets.Dataset` or `datasets.DatasetDict`): a Hub id (`"repo:config"` names one of
-            several configurations); a folder of parquet, arrow or image files, or one written by `save_to_disk`; or
-            `"digits"`, 1,797 real 8 x 8 grey digits of scikit-learn, resized to 32 x 32 (or `image_size`), splits
-            `train` (1,437), `test` (360) and `all`. Sub-folders of an image folder are its classes; fewer than two:
-            unlabelled. A folder on this machine goes before a Hub id. Formats and transforms set on a `Dataset` are
-            ignored.
+            several configurations); a folder of parquet, arrow, WebDataset tar or image files, or one written by
+            `save_to_disk`; or `"digits"`, 1,797 real 8 x 8 grey digits of scikit-learn, resized to 32 x 32 (or
+            `image_size`), splits `train` (1,437), `test` (360), `all`. Sub-folders of an image folder are its classes;
+            fewer than two: unlabelled. A folder on this machine goes before a Hub id. Formats and transforms set on a
+            `Dataset` are ignored.
         split (`str`, defaults to `"train"`): split; for folders and Hub ids also `"train[:10%]"` or `"train+test"`. A
             single `Dataset` has no splits: it is taken as it is, and asking it for any split but `train` is an error.
         image_column (`str`, *optional*): column of images, encoded bytes or file paths.
@@ -285,6 +302,10 @@ def load_image_dataset(
         max_examples (`int`, *optional*): keep a random subset of this size, chosen before decoding: stratified (every
             class in its proportion, and none lost as long as there is room) when labelled, else uniform.
         seed (`int`, defaults to 0): seed of that subset, which for one seed is nested in every larger one.
+        check_images (`bool`, defaults to `True`): decode every image now, to find the broken ones, also of a set that
+            is decoded at access. `False`: a broken image shows when it is asked for, as an error that names its row
+            or, with `on_error="skip"`, as the next readable image in its place (logged; the item's `index` and
+            `label` are those of that one). Without effect on a set that fits `memory_budget`.
 
     Returns:
         [`ImageDataset`]
@@ -311,16 +332,24 @@ def load_image_dataset(
         chosen = _choose(len(table), labels, max_examples, seed)
         encoded = encoded.select(chosen.tolist())
         labels = None if labels is None else labels[chosen]
-    size = (image_size, image_size) if image_size is not None else common_size(encoded)
+    size = (image_size, image_size) if image_size is not None else common_size(encoded, sampled=not check_images)
     images = allocate(encoded, size, memory_budget)
-    kept = decode_all(encoded, size, images, on_error)
+    looks = check_images or images is not None
+    kept = decode_all(encoded, size, images, on_error) if looks else range(len(encoded))
     if len(kept) < len(encoded):
         images = None if images is None else images[kept]
         labels = None if labels is None else labels[kept]
         encoded = encoded.select(kept)
     streamed = encoded if images is None else None
     return ImageDataset(
-        images, labels, label_names, name=shown, image_size=size, encoded=streamed, num_classes=num_classes
+        images,
+        labels,
+        label_names,
+        name=shown,
+        image_size=size,
+        encoded=streamed,
+        num_classes=num_classes,
+        replaces_unreadable=on_error == "skip" and not looks,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import difflib
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_robust.attack_flags import AttackArguments, attack_of, plain_attack_flags
 from hf_robust.attacks import PGD
 from hf_robust.finetuning_args import RobustFinetuningArguments, falls
 from hf_robust.flags import (
@@ -162,7 +162,7 @@ def parse_finetune(
     try:
         if preset and not (chosen.dataset_name or values.get("dataset_name")):
             raise ValueError(f"--preset {preset.name} does not say where the images are: add --dataset_name")
-        return _build(namespace, mode, preset)
+        return _build(namespace, mode, attack_of(namespace, argv, values), preset)
     except (ValueError, TypeError, ImportError) as error:
         parser.error(str(error))
 
@@ -204,7 +204,7 @@ def _owner(key: str) -> str:
 def _method_defaults(mode: str) -> dict[str, Any]:
     """Recipe and attack of a mode, by the names of their flags."""
     method = AFF if mode == POST else load_objective(mode)
-    attack = dataclasses.asdict(method.training_attack)
+    attack = method.training_attack.to_dict()
     budgets = {name: show_budget(attack[name]) for name in ("eps", "step_size")}
     recipe = PostProcessing.recipe if mode == POST else method.recipe
     return {**copy.deepcopy(dict(recipe)), **attack, **budgets}  # its lists go into the arguments of the run
@@ -214,7 +214,8 @@ def _parser(mode: str, description: str | None, prog: str | None) -> FlagParser:
     groups = [
         ("images", FinetuneDataArguments),
         *((title, as_flags(kind, hidden)) for title, kind, hidden in _types(mode)),
-        ("attack during training", PGD),
+        ("attack during training", plain_attack_flags()),
+        ("attack during training, other algorithms", AttackArguments),
         ("training", RobustFinetuningArguments),
     ]
     parser = FlagParser(
@@ -261,7 +262,7 @@ def _drop_unfit(namespace: dict[str, Any], mode: str, free: set[str], preset: Pr
             namespace[name] = value
 
 
-def _build(values: dict[str, Any], mode: str, preset: Preset | None) -> FinetuneRun:
+def _build(values: dict[str, Any], mode: str, attack: PGD, preset: Preset | None) -> FinetuneRun:
     if not values["encoder"]:
         raise ValueError("--encoder is missing: name a folder that examples/pretrain.py wrote, or a Hub repository")
     classifier = take(ClassifierArguments, values)
@@ -276,7 +277,7 @@ def _build(values: dict[str, Any], mode: str, preset: Preset | None) -> Finetune
         data=take(FinetuneDataArguments, values),
         classifier=classifier,
         objective=post.objective(values["beta"]) if post else take(load_objective(mode), values),
-        attack=take(PGD, values),
+        attack=attack,
         training=take(RobustFinetuningArguments, values),
         preset=preset,
         post=post,

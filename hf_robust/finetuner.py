@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from hf_robust.data import ImageDataset
 from hf_robust.evaluation.accuracy import Accuracy, measure_accuracy
 from hf_robust.finetuning_args import RobustFinetuningArguments
 from hf_robust.hub import save_encoder
+from hf_robust.memory_model import check_training_memory
 from hf_robust.models.norm import NormBranches
 from hf_robust.objectives import Objective, StepContext
 from hf_robust.optim import step_decay
@@ -61,6 +63,7 @@ class RobustFinetuner(RobustTrainer):
 
     args: RobustFinetuningArguments
     releases_encoder: bool = False
+    shardable = False
 
     def __init__(
         self,
@@ -104,23 +107,20 @@ class RobustFinetuner(RobustTrainer):
         self._measure_on_request()
         return super().compute_loss(*args, **kwargs)
 
-    def step_context(self, generator: torch.Generator) -> StepContext:
+    def step_context(self, generator: torch.Generator, index: Tensor | None = None) -> StepContext:
         """Add the accuracy that the method asked for."""
-        context = super().step_context(generator)
-        return StepContext(
-            context.attack, context.progress, context.teacher, context.autocast, self._standard_accuracy
-        )
+        return replace(super().step_context(generator, index), standard_accuracy=self._standard_accuracy)
 
     def _measure_on_request(self) -> None:
         """At the beginning of an epoch and at equal distances within; once per step, also after a resume there."""
         request, step = self.objective.accuracy_request, self.state.global_step
         if request is None or self._measured_at == step:
             return
-        self.stop_if_not_finite()
         position, parts = step % self._steps_per_round, max(1, request.per_epoch - 1)
         between = request.per_epoch > 1 and position % max(1, self._steps_per_round // parts) == 0
         if position and not between:
             return
+        self.stop_if_not_finite()  # reads a value from the device: not in every step
         held_out = cast(ImageDataset, self.validation_dataset)  # checked before training
         dataset = held_out if request.split == "validation" else self.train_dataset
         view = "original" if request.split == "validation" else self.objective.views[0]
@@ -219,6 +219,7 @@ class RobustFinetuner(RobustTrainer):
     # ------------------------------------------------------------------ the whole run
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, or resume, and leave the weights that `args.keep` asks for in the model."""
+        check_training_memory(self)
         self._restart()
         output = super().train(*args, **kwargs)
         if self.args.keep == "best" and self._best:

@@ -53,6 +53,10 @@ class ImageArguments:
     on_error: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "Corrupt images: raise (naming the row) or skip (and count)."}
     )
+    check_images: bool = field(
+        default=True,
+        metadata={"help": "Look at every image first; false, for millions that do not fit memory: when it is needed."},
+    )
 
 
 class ShortErrors(argparse.ArgumentParser):
@@ -91,6 +95,8 @@ class FlagParser(ShortErrors, HfArgumentParser):
             if action.dest in ("eps", "step_size"):
                 action.type = pixel_budget  # argparse's float would refuse 8/255
                 action.default = show_budget(action.default)
+            if action.dest == "attack_step_sizes":
+                action.type = pixel_budget
             if action.dest == "start_std":
                 action.type = _number_or_none
 

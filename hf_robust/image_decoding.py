@@ -25,15 +25,20 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_AUTOMATIC_SIZE = 256
 _CHUNK = 128
+_SAMPLED_SIZES = 4096  # headers that tell the size of a set whose images are not all looked at
 _EXIF_ORIENTATION = 0x0112
 _T = TypeVar("_T")
 
 
 class EncodedImages:
-    """The undecoded images of one column, and the rows of the source they come from."""
+    """The undecoded images of one column, and the rows of the source they come from.
+
+    The table stays where it is, in files that are mapped into memory: reading a record reads a few kilobytes of them.
+    """
 
     def __init__(self, table: datasets.Dataset, column: str, rows: np.ndarray, name: str) -> None:
         self.table, self.column, self.rows, self.name = table, column, rows, name
+        self._unreadable: set[int] = set()
 
     @classmethod
     def from_table(cls, table: datasets.Dataset, column: str, name: str) -> EncodedImages:
@@ -62,6 +67,21 @@ class EncodedImages:
         except Exception as error:
             raise ValueError(self.describe(position, record, error)) from error
 
+    def decode_or_next(self, position: int, size: tuple[int, int]) -> tuple[int, np.ndarray]:
+        """Return one image as `decode` does, or the next one that can be read (logged), and its position.
+
+        Of images that nobody has looked at beforehand: a batch keeps its size, on every process.
+        """
+        for there in (*range(position, len(self)), *range(position)):
+            if there in self._unreadable:
+                continue
+            try:
+                return there, self.decode(there, size)
+            except ValueError as error:
+                self._unreadable.add(there)
+                logger.warning("%s; here the next image takes its place", str(error).partition(": repair")[0])
+        raise ValueError(f"none of the {len(self)} images of {self.name!r} can be read as an image")
+
     def describe(self, position: int, record: Any, error: Exception) -> str:
         """Say which image cannot be read, why, and what to do."""
         path = (record or {}).get("path")
@@ -69,7 +89,7 @@ class EncodedImages:
         reason = "not an image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
         return (
             f"row {self.rows[position]} of {self.name!r}{known} cannot be read as an image, {reason}: repair or "
-            'remove it, or drop such images with on_error="skip"'
+            'remove it, or leave such images out with on_error="skip"'
         )
 
 
@@ -140,8 +160,13 @@ def _in_threads(work: Callable[[range], _T], encoded: EncodedImages, description
     return results
 
 
-def common_size(encoded: EncodedImages) -> tuple[int, int]:
-    """(H, W) that all images share by their headers, else a square of the median shorter side, at most 256."""
+def common_size(encoded: EncodedImages, sampled: bool = False) -> tuple[int, int]:
+    """(H, W) that all images share by their headers, else a square of the median shorter side, at most 256.
+
+    With `sampled`, some thousand images, evenly spread, speak for all.
+    """
+    if sampled and len(encoded) > _SAMPLED_SIZES:
+        encoded = encoded.select(np.linspace(0, len(encoded) - 1, _SAMPLED_SIZES, dtype=np.int64).tolist())
 
     def measure(positions: range) -> list[tuple[int, int]]:
         sizes = []
@@ -171,8 +196,8 @@ def allocate(encoded: EncodedImages, size: tuple[int, int], memory_budget: int) 
     if needed <= memory_budget:
         return torch.empty((len(encoded), 3, *size), dtype=torch.uint8)
     logger.info(
-        "%s is streamed: %d images of 3 x %d x %d take %.2f GiB, memory_budget is %.2f GiB; they are checked now and "
-        "decoded again at every access (use DataLoader workers, a smaller image_size or a larger memory_budget)",
+        "%s is streamed: %d images of 3 x %d x %d take %.2f GiB, memory_budget is %.2f GiB; they are decoded at every "
+        "access (use DataLoader workers, a smaller image_size or a larger memory_budget)",
         *(encoded.name, len(encoded), *size, needed / 2**30, memory_budget / 2**30),
     )
     return None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_CLASSES = 100_000
+_LABELS = ("label", "labels", "cls")  # names of a column of plain numbers or texts; "cls" is WebDataset's
 
 
 class MissingSplitError(ValueError):
@@ -32,10 +33,16 @@ def open_split(name: Any, split: str) -> datasets.Dataset:
 
     if isinstance(name, datasets.Dataset | datasets.DatasetDict):
         return _one_split(name, "the given data set", split)
+    if isinstance(name, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise ValueError(
+            f"a data set must give out its images in any order, got {type(name).__name__}, which only runs through "
+            "them: coresets and a resumed run ask for single images; leave streaming=True out (the images stay on the "
+            "disk, mapped into memory), or write what is needed of it with Dataset.from_generator"
+        )
     if not isinstance(name, str | os.PathLike):
         raise ValueError(
             f"a data set must be a Hub id, a folder, 'digits' or a datasets.Dataset, got {type(name).__name__}: "
-            "for tensors use ImageDataset.from_tensors, for an IterableDataset make a Dataset of it first"
+            "for tensors use ImageDataset.from_tensors"
         )
     text, config = os.path.expanduser(os.fspath(name)), None
     if not os.path.exists(text) and ":" in text:
@@ -140,11 +147,11 @@ def find_label_column(features: Mapping[str, Any], requested: str | None, name: 
             return None
         return _existing(requested, features, "label_column", name)
     found = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    usual = [column for column in ("label", "labels") if column in features]
+    usual = [column for column in _LABELS if column in features]
     plain = [column for column in usual if _dtype(features[column]).startswith(("int", "uint", "string"))]
     if not found and not plain:
         return None
-    return _the_one(found or plain, ("label", "labels"), "label_column", name)
+    return _the_one(found or plain, _LABELS, "label_column", name)
 
 
 def _dtype(kind: Any) -> str:

@@ -67,9 +67,11 @@ def finite(networks: list[nn.Module]) -> Tensor:
     """Whether every weight and buffer of some networks is finite, as a tensor `()` on the device.
 
     Args:
-        networks (`list[nn.Module]`): at least one with parameters.
+        networks (`list[nn.Module]`): at least one with parameters; of weights that are shared out between processes,
+            the part of this one is looked at.
     """
-    tensors = [t for n in networks for t in (*n.parameters(), *n.buffers()) if t.is_floating_point()]
+    held: list[Any] = [t for n in networks for t in (*n.parameters(), *n.buffers()) if t.is_floating_point()]
+    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in held]
     return torch.isfinite(torch.stack(torch._foreach_norm(tensors))).all()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ __all__ = [
     "invariance_terms",
     "kl_divergence",
     "nt_xent",
+    "pretended",
     "representational_distance",
     "trades",
     "ungathered",
@@ -33,7 +34,7 @@ Formulation = Literal["released", "paper"]
 Reduction = Literal["mean", "none"]
 
 # Of the thread, not of the process: a selection in one thread leaves a training step in another alone.
-_gather_is_off: ContextVar[bool] = ContextVar("gather_is_off", default=False)
+_pretended: ContextVar[int | None] = ContextVar("pretended_processes", default=None)
 
 
 class _Gather(torch.autograd.Function):
@@ -68,13 +69,15 @@ def gather(z: Tensor) -> Tensor:
     Returns:
         `torch.Tensor` of shape `(processes * N, D)`; `z` itself when there is one process or inside `ungathered`.
     """
-    if _gather_is_off.get() or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    pretended = _pretended.get()
+    if pretended is not None:
+        return z if pretended == 1 else z.repeat(pretended, 1)
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return z
     return _Gather.apply(z)
 
 
-@contextmanager
-def ungathered() -> Iterator[None]:
+def ungathered() -> AbstractContextManager[None]:
     """Make `gather` return its argument, for losses of the rows of this process alone.
 
     Coreset selection scores different minibatches, and different numbers of them, on different processes; gathering
@@ -83,11 +86,26 @@ def ungathered() -> Iterator[None]:
     Returns:
         A context manager.
     """
-    token = _gather_is_off.set(True)
+    return pretended(1)
+
+
+@contextmanager
+def pretended(processes: int) -> Iterator[None]:
+    """Make `gather` repeat its argument, as if so many processes had brought the same rows, and call none of them.
+
+    What a step needs on several processes can then be foreseen on one. Holds for the calling thread, may be nested.
+
+    Args:
+        processes (`int`): 1 or more; 1 gives what `ungathered` does.
+
+    Returns:
+        A context manager.
+    """
+    token = _pretended.set(processes)
     try:
         yield
     finally:
-        _gather_is_off.reset(token)
+        _pretended.reset(token)
 
 
 def nt_xent(z_i: Tensor, z_j: Tensor, temperature: float = 0.5, reduction: Reduction = "mean") -> Tensor:

@@ -37,12 +37,26 @@ def threat_model(report: EncoderReport) -> str:
     else:
         row = (
             norm_name(report.threat_model.get("norm")),
-            *(budget_text(report.threat_model.get(key)) for key in ("eps", "step_size")),
+            budget_text(report.threat_model.get("eps")),
+            _step_lengths(report.threat_model),
             cell(report.threat_model.get("steps")),
         )
         text = "The attack of the training (PGD, pixels in [0, 1]):\n\n"
-        text += f"{_table(('norm', 'eps', 'step size', 'steps'), [row])}\n\n{_WHITE_BOX}"
+        text += f"{_table(('norm', 'eps', 'step size', 'steps'), [row])}\n\n"
+        text += f"{_other_algorithm(report.threat_model)}{_WHITE_BOX}"
     return f"## Threat model\n\n{text}\n\n{tried}"
+
+
+def _step_lengths(attack: dict[str, Any]) -> str:
+    return ", ".join(map(budget_text, attack.get("step_sizes") or (attack.get("step_size"),)))
+
+
+def _other_algorithm(attack: dict[str, Any]) -> str:
+    """How the attack differs from the published one, if it does."""
+    told = ["steps of different lengths"] if attack.get("step_sizes") else []
+    told += [f"it stops below a gain of {100 * attack['min_gain']:g} % per step"] if attack.get("min_gain") else []
+    told += ["an image's attack starts where its last one ended"] if attack.get("replay") else []
+    return f"This is not the published training attack: {'; '.join(told)}.\n\n" if told else ""
 
 
 def _attacks_tried(report: EncoderReport) -> list[str]:

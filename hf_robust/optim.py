@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -67,13 +68,14 @@ class LARS(Optimizer):
         return loss
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads: list[Tensor] = [p.grad for p in params]  # type: ignore[misc]
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
-        weight_norm = torch.stack(torch._foreach_norm(params))
-        grad_norm = torch.stack(torch._foreach_norm(grads))
+        buffers = [_own_part(self.state[p]["momentum_buffer"]) for p in params]
+        mesh = getattr(params[0], "device_mesh", None)
+        grads = [_own_part(p.grad) for p in params]
+        params = [_own_part(p) for p in params]
+        weight_norm, grad_norm = _norms(params, mesh), _norms(grads, mesh)
         decay = group["weight_decay"]
         ratio = group["eta"] * weight_norm / (grad_norm + decay * weight_norm)
         ratio = torch.where((weight_norm < 1e-15) | (grad_norm < 1e-15), torch.ones_like(ratio), ratio) * group["lr"]
@@ -82,6 +84,21 @@ class LARS(Optimizer):
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, update)
         torch._foreach_sub_(params, buffers)
+
+
+def _own_part(tensor: Any) -> Tensor:
+    """What this process holds of a tensor that is shared out between processes; else the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _norms(parts: list[Tensor], mesh: Any) -> Tensor:
+    """Norm of every tensor, `(n,)`; of tensors that are shared out, over all processes."""
+    norms = torch.stack(torch._foreach_norm(parts))
+    if mesh is None:
+        return norms
+    squares = norms.square_()
+    dist.all_reduce(squares, group=mesh.get_group())
+    return squares.sqrt_()
 
 
 def make_optimizer(

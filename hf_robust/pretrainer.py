@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_robust.attacks import frozen
 from hf_robust.evaluation.probe import ProbeResult, probe_encoder
 from hf_robust.hub import save_encoder
+from hf_robust.memory_model import check_training_memory
 from hf_robust.trainer import RobustTrainer
 from hf_robust.views import Views
 
@@ -36,6 +37,11 @@ class RobustPretrainer(RobustTrainer):
         self._check_probe()
         self.views = views if views is not None else Views(self.model.config.image_size)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as [`RobustTrainer`], once the batch is foreseen to fit into memory; see `memory_model`."""
+        check_training_memory(self)
+        return super().train(*args, **kwargs)
+
     def prepare_batch(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the objective's views at the present augmentation strength."""
         batch = self.views(inputs["image"], self.objective.views, strength=self._strength, generator=generator)
@@ -55,7 +61,7 @@ class RobustPretrainer(RobustTrainer):
     @property
     def encoder_model(self) -> Any:
         """The network that leaves the house: the momentum encoder where the method has one, else the model."""
-        return self.teacher if self.objective.teacher_kind == "ema" else self.accelerator.unwrap_model(self.model)
+        return self.teacher if self.objective.teacher_kind == "ema" else self.network
 
     @property
     def encoder_branch(self) -> str:
@@ -72,7 +78,7 @@ class RobustPretrainer(RobustTrainer):
         Returns:
             [`ProbeResult`]: the accuracies, with n.
         """
-        network, branch = self.encoder_model, self.encoder_branch
+        network, branch = self.encoder_model.to(self.args.device), self.encoder_branch
         if self.attack.norm == "linf":  # the probe's attack is L-inf: the training budget, or the published one
             kwargs.setdefault("eps", self.attack.eps)
         with frozen(network):

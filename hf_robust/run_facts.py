@@ -88,7 +88,7 @@ def release_report(
         norm_branch=told.get("norm_branch"),
         hub_id=hub_id,
         dataset={"name": title, "n_images": len(dataset), "hub_id": title if "/" in title else None},
-        threat_model=vars(trainer.attack) if objective.adversarial else None,
+        threat_model=trainer.attack.to_dict() if objective.adversarial else None,
         training={**training_facts(trainer), **progress},
         command=command_line(),
         date=date.today().isoformat(),

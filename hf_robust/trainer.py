@@ -6,7 +6,6 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME, rotate_checkpoints
 from transformers.trainer_utils import TrainOutput
 
 from hf_robust import checkpoints
-from hf_robust.attacks import PGD, LossFn, frozen
+from hf_robust.attacks import PGD, frozen
 from hf_robust.callbacks import MethodCallback, average_buffers, share_from_first, update_ema
 from hf_robust.coresets import CoresetMethod, FullData
 from hf_robust.coresets.phases import CoresetPhases, seeded_generator
@@ -31,7 +30,9 @@ from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
 from hf_robust.objectives.base import check_fit
 from hf_robust.optim import make_optimizer, paper_schedule
+from hf_robust.sharding import ShardedTraining
 from hf_robust.training_args import RobustTrainingArguments
+from hf_robust.training_attack import TrainingAttack
 
 __all__ = ["RobustTrainer"]
 
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 _TEACHER_FILE = "teacher.safetensors"
 
 
-class RobustTrainer(HubTrainer):
+class RobustTrainer(HubTrainer, ShardedTraining):
     """Trainer for methods that are objectives: named loss terms, one attack, exact resume.
 
     Every random number of a step (views, attack starts) comes from a generator seeded by (seed, step, micro-step,
@@ -82,6 +83,9 @@ class RobustTrainer(HubTrainer):
         **kwargs: Any,
     ) -> None:
         check_fit(objective, model, train_dataset)
+        self.check_sharding(args)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
         if args.world_size > 1:
             # Otherwise the last batch repeats images on some rank: false negatives of a contrastive loss.
             args.dataloader_drop_last = True
@@ -111,6 +115,12 @@ class RobustTrainer(HubTrainer):
         self.model_accepts_loss_kwargs = False
         self.objective = objective
         self.attack = attack if attack is not None else PGD()
+        self.training_attack = TrainingAttack(
+            self.accelerator,
+            eval_mode=objective.attack_in_eval_mode,
+            fold_norms=args.fold_norms,
+            compile_options=args.compile_options,
+        )
         self.teacher = self._build_teacher()
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._strength, self._micro_step = 1.0, (-1, 0)
@@ -143,14 +153,16 @@ class RobustTrainer(HubTrainer):
         self._strength = self.objective.strength(self.progress)
         with torch.no_grad():
             batch = self.prepare_batch(inputs, generator)
-        terms = self.objective(model, batch, self.step_context(generator))
+        terms = self.objective(model, batch, self.step_context(generator, inputs.get("index")))
         loss = torch.stack(list(terms.values())).sum()
         self._record.add(terms, loss)
         return (loss, terms) if return_outputs else loss
 
-    def step_context(self, generator: torch.Generator) -> StepContext:
-        """What the objective gets beside model and batch."""
-        return StepContext(self._training_attack(generator), self.progress, self.teacher, self.accelerator.autocast)
+    def step_context(self, generator: torch.Generator, index: Tensor | None = None) -> StepContext:
+        """What the objective gets beside model and batch; `index`: positions of the images in the data set."""
+        attack = self.training_attack.bind(self.attack, self._networks(), generator, index)
+        autocast, seen = self.accelerator.autocast, self.training_attack.seen
+        return StepContext(attack, self.progress, self.teacher, autocast, seen=seen)
 
     def _step_generator(self) -> torch.Generator:
         step, micro = self._micro_step
@@ -158,19 +170,11 @@ class RobustTrainer(HubTrainer):
         step, micro = self._micro_step
         return seeded_generator(self.args.device, self.args.seed, step, micro, self.args.process_index)
 
-    def _training_attack(self, generator: torch.Generator) -> Callable[[LossFn, Tensor], Tensor]:
-        # In half precision the gradient of a mean over a large batch underflows; the attack ignores its scale.
-        scale = 1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0
-
-        def attack(loss_fn: LossFn, x: Tensor) -> Tensor:
-            def scaled(images: Tensor) -> Tensor:
-                with self.accelerator.autocast():
-                    return loss_fn(images) * scale
-
-            with frozen(nn.ModuleList(self._networks()), eval_mode=self.objective.attack_in_eval_mode):
-                return self.attack(scaled, x, generator=generator)
-
-        return attack
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        if "dynamo_plugin" in built:  # the short last batch gets a graph of its own, rather than all a slower one
+            built["dynamo_plugin"].dynamic = False
+        return built
 
     def _get_train_sampler(self, train_dataset: Any = None) -> CoresetSampler:
         return self.phases.sampler
@@ -215,7 +219,7 @@ class RobustTrainer(HubTrainer):
 
     def _select_coreset(self, round: int) -> None:
         self._strength = self.objective.strength(self.progress)
-        module = self.accelerator.unwrap_model(self.model)
+        module = self.gather_network(self.args.device)
         task = self.phases.task(
             round,
             model=module,
@@ -255,6 +259,7 @@ class RobustTrainer(HubTrainer):
     def close_round(self, rounds: float) -> bool:
         """Close a round, the last one maybe unfinished; tell whether it is a time for a checkpoint per epoch."""
         before, now, keep = self.phases.close(rounds)
+        self.gather_network()  # by all processes, for whatever the first one does with it alone
         self.end_epoch(before, now)
         return keep or self.state.global_step >= self.state.max_steps
 
@@ -303,6 +308,7 @@ class RobustTrainer(HubTrainer):
         resume_from_checkpoint = checkpoints.to_resume(str(self.args.output_dir), resume_from_checkpoint)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._record, self._micro_step = LossRecord(self.args.device), (-1, 0)
+        self.training_attack.restart(self.attack, len(self.train_dataset))
         self.phases.restart(None if resume_from_checkpoint or not self.args.should_save else self.args.output_dir)
         if resume_from_checkpoint:
             checkpoints.check_run(resume_from_checkpoint, self.describe_run())
@@ -324,24 +330,7 @@ class RobustTrainer(HubTrainer):
 
     def describe_run(self) -> dict[str, str]:
         """Describe what a checkpoint must agree with to be resumed exactly."""
-        args, config = self.args, self.accelerator.unwrap_model(self.model).config
-        batch = (args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps)
-        schedule = (args.learning_rate, args.warmup_epochs, args.min_learning_rate, args.lr_granularity)
-        return {
-            "objective": repr(self.objective),
-            "attack": repr(self.attack),
-            "network": f"{config.architecture} {config.model_args} {config.image_size} px",
-            "optimizer, momentum, weight decay": repr((args.optimizer, args.momentum, args.weight_decay)),
-            "learning rate, warm-up, floor, granularity": repr(schedule),
-            "learning rate milestones": repr(args.lr_milestones),
-            "epochs, max_steps": repr(self._asked_length),
-            "coreset": repr(self.phases.method),
-            "precision": self.accelerator.mixed_precision,
-            "norm statistics of the whole batch": str(args.sync_norm),
-            "batch (images, processes, accumulation)": repr(batch),
-            "training images": str(len(self.train_dataset)),
-            "seed": str(args.seed),
-        }
+        return checkpoints.describe_run(self)
 
     def stop_if_not_finite(self) -> None:
         """Raise `FloatingPointError` when a loss, a weight or a running statistic of this process is not finite."""
@@ -380,12 +369,14 @@ class RobustTrainer(HubTrainer):
     def save_beside(self, checkpoint: Path) -> None:
         """Add to a checkpoint what a resume needs beyond weights, optimiser and schedule."""
         self.phases.save(checkpoint)
+        self.training_attack.save(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.teacher is not None:
             load_model(self.teacher, os.path.join(resume_from_checkpoint, _TEACHER_FILE))
         self.phases.load(resume_from_checkpoint)
+        self.training_attack.load(Path(resume_from_checkpoint))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: a self-supervised loss on held-out images says nothing about robustness."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +15,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_robust.hub_folders import check_repo_id
 
-__all__ = ["WITHOUT_EFFECT", "RobustTrainingArguments"]
+__all__ = ["WITHOUT_EFFECT", "RobustTrainingArguments", "check_fsdp_settings"]
 
 
 # Settings of the stock trainer that this one does not read, or that the attack would bypass, and what to do instead.
@@ -24,20 +26,48 @@ WITHOUT_EFFECT = {
     "warmup_steps": "write --warmup_epochs, which may be a fraction",
     "eval_strategy": "accuracy during training is measured by --probe_every",
     "load_best_model_at_end": "there is no best step; keep checkpoints with --save_total_limit",
-    "torch_compile_backend": "the attack looks through the uncompiled module; leave it off",
-    "torch_compile_mode": "the attack looks through the uncompiled module; leave it off",
     "eval_on_start": "accuracy during training is measured by --probe_every",
-    "torch_compile": "the attack looks through the uncompiled module; leave it off",
     "save_only_model": "a checkpoint without optimiser state cannot be resumed exactly",
     "ignore_data_skip": "a resumed run would see other images than an uninterrupted one",
     "auto_find_batch_size": "the batch decides the negatives and the schedule; set it yourself",
     "label_smoothing_factor": "no label enters the loss",
     "neftune_noise_alpha": "it is for text embeddings",
-    "gradient_checkpointing": "the timm backbone would have to be told; lower the batch instead",
+    "gradient_checkpointing_kwargs": "--gradient_checkpointing true has no options here",
+    "activation_checkpointing_kwargs": "--gradient_checkpointing true has no options here",
     "optim_args": "choose with --optimizer (lars, sgd, adamw)",
     "optim_target_modules": "every tensor is optimised",
     "train_sampling_strategy": "images are shuffled by CoresetSampler",
 }
+
+
+_LAUNCHED_SHARDED = "HF_ROBUST_SHARD_WEIGHTS"  # set below, for every later object of the process
+
+
+def check_fsdp_settings(settings: Mapping[str, str]) -> None:
+    """Refuse settings of a launch with FSDP that this library does not follow.
+
+    Args:
+        settings (`Mapping[str, str]`): environment variables as `accelerate launch` sets them.
+
+    Raises:
+        ValueError: naming the setting, its value and the way out.
+    """
+    rules = {
+        "FSDP_VERSION": ("2", "1", "FSDP1 cannot hand the weights to an attack"),
+        "FSDP_OFFLOAD_PARAMS": ("false", "false", "every attack step would move all weights"),
+        "FSDP_ACTIVATION_CHECKPOINTING": (
+            "false",
+            "false",
+            "norm statistics would move twice: use the flag --gradient_checkpointing true instead",
+        ),
+    }
+    for name, (wanted, default, reason) in rules.items():
+        value = settings.get(name, default).lower()
+        if value != wanted:
+            raise ValueError(
+                f"{name.lower()}={value} is not supported, {reason}: set {name.lower()}: {wanted} in the file of "
+                "accelerate launch, see examples/accelerate/fsdp2.yaml"
+            )
 
 
 @dataclass(repr=False)  # the stock one hides the access token
@@ -86,6 +116,10 @@ class RobustTrainingArguments(TrainingArguments):
     channels_last: bool = field(
         default=False, metadata={"help": "Keep images and weights in channels-last memory order; same mathematics."}
     )
+    fold_norms: bool = field(
+        default=True,
+        metadata={"help": "Attack a copy whose norm layers are part of its convolutions; same mathematics, faster."},
+    )
     cpu_threads: None | int = field(
         default=None,
         metadata={"help": "Threads of a process on a CPU; unset: torch's choice, which is 1 under accelerate launch."},
@@ -93,6 +127,14 @@ class RobustTrainingArguments(TrainingArguments):
     sync_norm: bool = field(
         default=False,
         metadata={"help": "Several processes: norm statistics of the whole batch, as one process would have them."},
+    )
+    shard_weights: bool = field(
+        default=False,
+        metadata={"help": "Several processes: each keeps a part of every weight and optimiser state (FSDP2)."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Compute activations of the backbone twice rather than keep them; same gradients."},
     )
     probe_every: float = field(
         default=0.0, metadata={"help": "Epochs between linear probes (standard and PGD-20 accuracy); 0: never."}
@@ -129,7 +171,13 @@ class RobustTrainingArguments(TrainingArguments):
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):  # the text of a flag, not a path
             self.resume_from_checkpoint = str(self.resume_from_checkpoint).lower() == "true" or None  # type: ignore
         self._refuse_what_has_no_effect()
+        self._read_launcher()
+        checkpointing = self._take_checkpointing()
+        if self.accelerator_config is None:  # or a GPU's host would wait at the copy of every batch
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
+        self.gradient_checkpointing = checkpointing
+        self._check_combinations()
         if self.push_to_hub:
             self._check_hub()
         for name in ("learning_rate", "momentum", "warmup_epochs", "min_learning_rate", "probe_every", "weight_decay"):
@@ -151,11 +199,55 @@ class RobustTrainingArguments(TrainingArguments):
                 "remove_unused_columns, ddp_find_unused_parameters, ddp_broadcast_buffers must stay false: with any "
                 "of them the training would fail or differ from the method; leave them unset"
             )
-        if self.deepspeed or self.fsdp:
+
+    def _take_checkpointing(self) -> bool:
+        """The flag by its old or its new name; the stock trainer must not see it, since the model does it itself."""
+        asked = bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", None))
+        self.gradient_checkpointing = None  # type: ignore[assignment]
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = None
+        return asked
+
+    def _read_launcher(self) -> None:
+        """Take over what `accelerate launch` was told about sharing weights out: Accelerate must not do it as well."""
+        self._refuse_other_sharding()
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            check_fsdp_settings(os.environ)
+            os.environ.update(ACCELERATE_USE_FSDP="false", **{_LAUNCHED_SHARDED: "true"})
+        self.shard_weights = self.shard_weights or os.environ.get(_LAUNCHED_SHARDED) == "true"
+
+    def _refuse_other_sharding(self) -> None:
+        if self.fsdp:
             raise ValueError(
-                "deepspeed and fsdp are not supported: the attack runs on the unsharded module; use plain "
-                "data-parallel training with `accelerate launch --multi_gpu`"
+                f"fsdp={self.fsdp!r} is not supported, since the attack's entries have to be known to FSDP: write "
+                "--shard_weights true, or launch with examples/accelerate/fsdp2.yaml"
             )
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise ValueError(
+                "DeepSpeed is not supported: write --shard_weights true, or launch with examples/accelerate/fsdp2.yaml"
+            )
+
+    def _check_combinations(self) -> None:
+        """Refuse what does not go together, each with its way out."""
+        launched = getattr(self, "mixed_precision", "no")  # of the file of accelerate launch, where no flag says it
+        if self.shard_weights and (self.fp16 or launched == "fp16"):
+            raise ValueError(
+                "shard_weights=True does not go with fp16 (the flag, or mixed_precision of the launch), whose loss "
+                "scale would differ between processes: write --bf16 true"
+            )
+        for name in ("shard_weights", "gradient_checkpointing"):
+            if getattr(self, name) and self.torch_compile:
+                raise ValueError(
+                    f"{name}=True does not go with torch_compile=True, which cannot look through it: leave one out"
+                )
+
+    @property
+    def compile_options(self) -> dict[str, Any] | None:
+        """Arguments of `torch.compile` for the training step and for the network that the attack sees; `None`: eager.
+
+        `--torch_compile true` compiles both; `--torch_compile_mode reduce-overhead` captures CUDA graphs as well.
+        """
+        return {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode} if self.torch_compile else None
 
     def _check_hub(self) -> None:
         """Find out now, not after hours, that nothing could be pushed."""

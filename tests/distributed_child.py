@@ -1,10 +1,11 @@
-"""One gloo process of `tests/test_distributed.py`: one training step on its share of a fixed global batch.
+"""One gloo process of `tests/test_distributed.py`: training steps on its share of a fixed global batch, selections.
 
 python tests/distributed_child.py RANK WORLD PORT CASE OUT
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from typing import Any
@@ -15,6 +16,8 @@ if world > 1:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from coresets.selection_task import choose, make_task  # noqa: E402
 from finetuning import tiny_arguments  # noqa: E402
 from training import tiny_images, tiny_model, tiny_rcs, tiny_trainer  # noqa: E402
 
@@ -31,10 +34,16 @@ torch.set_num_threads(1)
 IMAGES = 8
 
 
-def fixed_views(images: torch.Tensor, names: Any, **_: Any) -> dict[str, torch.Tensor]:
+@dataclasses.dataclass(frozen=True)
+class FixedViews:
     """Views without randomness: the real ones are drawn per rank."""
-    x = images.float() / 255
-    return {"view_1": x.flip(-1), "view_2": x.roll(1, -2), "original": x}
+
+    def __call__(self, images: torch.Tensor, names: Any, **_: Any) -> dict[str, torch.Tensor]:
+        x = images.float() / 255
+        return {"view_1": x.flip(-1), "view_2": x.roll(1, -2), "original": x}
+
+
+fixed_views = FixedViews()
 
 
 def step(case: str) -> dict[str, Any]:
@@ -114,7 +123,7 @@ def finetuning_step(case: str) -> dict[str, Any]:
 
 def coresets(case: str) -> dict[str, Any]:
     """Every coreset of a short run, in the order of the selections, with its gains."""
-    _, _, candidates = case.partition("-")
+    candidates = case.split("-")[1]
     objective = ACL()
     trainer = tiny_trainer(
         f"{out}-{world}-{case}",
@@ -127,8 +136,9 @@ def coresets(case: str) -> dict[str, Any]:
             candidates=candidates,
             chunk_size=1 if candidates == "batch" else 3,
         ),
+        shard_weights=case.endswith("sharded"),
         per_device_train_batch_size=IMAGES // world,
-        num_train_epochs=3,
+        num_train_epochs=1 if case.endswith("sharded") else 3,
     )
     found: list[Any] = []
     select = trainer._select_coreset
@@ -143,6 +153,71 @@ def coresets(case: str) -> dict[str, Any]:
     return {"coresets": found, "pool": trainer.phases.pool.tolist(), "weights": trainer.model.state_dict()}
 
 
+def sharded(case: str) -> dict[str, Any]:
+    """Two steps, of case "shard" with weights shared out: what they leave and what follows a checkpoint."""
+    objective = {"lars": ACL(), "adamw": DynACL(ema_decay=0.9)}[optimizer := case.split("-")[1]]
+    found: dict[str, Any] = {"gradients": [], "held": set()}
+
+    def trainer(folder: str) -> Any:
+        made = tiny_trainer(
+            folder,
+            objective,
+            model=tiny_model(objective, seed=rank),  # of the first process alone, as DDP would have it
+            data=tiny_images(IMAGES),
+            per_device_train_batch_size=IMAGES // world,
+            max_steps=2,
+            warmup_epochs=0,
+            learning_rate=0.5 if optimizer == "lars" else 1e-3,
+            max_grad_norm=0 if optimizer == "lars" else 1.0,
+            optimizer=optimizer,
+            sync_norm=True,
+            gradient_checkpointing=optimizer == "lars",
+            shard_weights=case.startswith("shard"),
+            save_strategy="steps",
+            save_steps=1,
+            probe_every=1,
+        )
+        made.attack, made.views = PGD(steps=3, random_start=False), fixed_views
+        return made
+
+    def watch() -> None:
+        found["held"].add(sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in first.model.parameters()))
+        gradients = {n: p.grad for n, p in first.model.named_parameters()}
+        found["gradients"].append({n: getattr(g, "full_tensor", g.clone)() for n, g in gradients.items()})
+
+    folder = f"{out}-{world}-{case}"
+    first = trainer(folder)
+    first.before_step, before = lambda: (watch(), before()), first.before_step  # type: ignore[method-assign]
+    first.train()
+    again = trainer(folder)
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-1")
+    for name, made in (("weights", first), ("resumed", again)):
+        found[name] = {n: v.clone() for n, v in made.model.state_dict().items()}
+        found[f"{name}_teacher"] = made.teacher.state_dict() if made.teacher is not None else {}
+    log = first.state.log_history
+    found["losses"] = [entry["loss"] for entry in log if "loss" in entry]
+    found["probes"] = [entry["probe_standard_accuracy"] for entry in log if "probe_standard_accuracy" in entry]
+    if rank == 0:
+        first.save_encoder(f"{folder}/encoder")
+    return found
+
+
+def selection_in_float64(case: str) -> dict[str, Any]:
+    """Picks and gains of one selection, everything in float64."""
+    PartialState(cpu=True)
+    task = make_task(ACL())
+    draw, originals = task.views, task.originals
+    task = dataclasses.replace(
+        task,
+        model=task.model.double(),
+        views=lambda inputs, generator: {n: v.double() for n, v in draw(inputs, generator).items()},
+        originals=lambda images: originals(images).double(),
+    )
+    found = choose(tiny_rcs(candidates=case.split("-")[1], chunk_size=3), task)
+    return {"picks": found.indices.tolist(), "gains": found.gains}
+
+
 if __name__ == "__main__":
-    kinds = {"rcs": coresets, "finetune": finetuning_step}
+    kinds = {"rcs": coresets, "rcs64": selection_in_float64, "finetune": finetuning_step}
+    kinds |= {"shard": sharded, "whole": sharded}
     torch.save({c: kinds.get(c.split("-")[0], step)(c) for c in cases}, f"{out}-{rank}.pt")

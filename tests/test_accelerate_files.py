@@ -1,4 +1,4 @@
-"""The file for two processes without a GPU starts two: with the settings that look right accelerate starts one."""
+"""The launch files: two processes without a GPU are two, and the file for FSDP2 reaches the training arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILE = Path(__file__).parents[1] / "examples" / "accelerate" / "two_cpu_processes.yaml"
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from hf_robust.training_args import RobustTrainingArguments
+
+FILES = Path(__file__).parents[1] / "examples" / "accelerate"
+FILE = FILES / "two_cpu_processes.yaml"
 PROGRAM = """
 from accelerate import PartialState
 
@@ -32,3 +38,17 @@ def test_two_processes_start(tmp_path):
     assert done.returncode == 0, done.stderr
     started = sorted(re.findall(r"process \d of \d, gloo", done.stdout))  # both write at once: lines may run together
     assert started == ["process 0 of 2, gloo", "process 1 of 2, gloo"]
+
+
+def test_the_file_for_fsdp2_shares_weights_out(monkeypatch, tmp_path):
+    """With the environment that accelerate launch makes of it; Accelerate itself is told to leave weights alone."""
+    parsed = launch_command_parser().parse_args(["--config_file", str(FILES / "fsdp2.yaml"), "program.py"])
+    parsed, _, _ = _validate_launch_command(parsed)
+    made = prepare_multi_gpu_env(parsed)
+    assert made["ACCELERATE_USE_FSDP"] == "true" and made["FSDP_VERSION"] == "2" and parsed.num_processes == 4
+    for name in ("ACCELERATE_USE_FSDP", "HF_ROBUST_SHARD_WEIGHTS", *made):
+        monkeypatch.setenv(name, made[name]) if name.startswith(("FSDP_", "ACCELERATE_USE_F")) else None
+    monkeypatch.setenv("HF_ROBUST_SHARD_WEIGHTS", "false")  # put back after the test
+    for _ in range(2):  # a run may build its arguments more than once
+        assert RobustTrainingArguments(output_dir=str(tmp_path), report_to="none").shard_weights
+    assert os.environ["ACCELERATE_USE_FSDP"] == "false"

@@ -33,8 +33,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("converters.layouts", "converters.checkpoint_file"),
     ),
     (
-        *("data", "views"),
-        *("models.backbones", "models.modeling", "models.encoder", "models.native", "models.folded"),
+        *("data", "views", "attack_schedules", "attack_replay"),
+        *(
+            "models.backbones",
+            "models.checkpointing",
+            "models.modeling",
+            "models.encoder",
+            "models.native",
+            "models.folded",
+        ),
         *("evaluation.autoattack_model", "evaluation.autoattack_state"),
         *("evaluation.corruption_images", "evaluation.corruption_arrays"),
     ),
@@ -49,6 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("evaluation.autoattack_cascade", "evaluation.corruption_generator"),
         *("hub_files", "hub_folders", "demo.comparison"),
         "converters.*",  # every format
+        *("training_attack", "memory_model"),
     ),
     (
         *(
@@ -67,10 +75,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("finetuning_args", "flags", "held_out", "adapters", "classifiers"),
+        "sharding",
         *("model_card_citations", "model_card_tables", "model_card_conversion"),
         *("evaluation.evaluation_parts", "evaluation.embedding", "evaluation.robustness_files"),
     ),
-    ("model_card", "demo.sources"),
+    ("model_card", "demo.sources", "attack_flags"),
     ("publishing", "converters.converting", "demo.page"),
     ("hub_callback", "converters"),
     ("trainer", "evaluation.evaluation_job"),
@@ -83,7 +92,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Within a floor, only these: a method that builds on another, and the models' common architectures.
 SIBLINGS: dict[str, tuple[str, ...]] = {
-    "models.modeling": ("models.backbones",),
+    "models.modeling": ("models.backbones", "models.checkpointing"),
     "models.encoder": ("models.backbones",),
     "models.folded": ("models.modeling",),
     "objectives.*": ("objectives.*",),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +214,115 @@ def test_an_attack_without_gaussian_start_is_described_as_before_there_was_one()
     attack = PGD(start_std=0.001)
     assert repr(attack).endswith("random_start=True, start_std=0.001)") and eval(repr(attack)) == attack
     assert attack != PGD()
+
+
+# ---------------------------------------------------------------------- other algorithms
+def slow_pgd(
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    start: torch.Tensor,
+    sizes: Sequence[float],
+    *,
+    norm: str,
+    eps: float,
+    min_gain: float = 0.0,
+) -> tuple[torch.Tensor, int, int]:
+    """The attack image by image, step by step; how often the loss was computed and how often differentiated."""
+    points, before, forwards, backwards = [x[k] + start[k] for k in range(len(x))], None, 0, 0
+    for size in sizes:
+        batch = torch.stack(points).requires_grad_(True)
+        value = loss(batch)
+        forwards += 1
+        now = value.item()
+        if before is not None and now - before < min_gain * abs(before):
+            break
+        before = now
+        value.backward()
+        backwards += 1
+        for k, gradient in enumerate(batch.grad):
+            if norm == "linf":
+                delta = (points[k] + size * gradient.sign() - x[k]).clamp(-eps, eps)
+            else:
+                delta = points[k] + size * gradient / gradient.norm() - x[k]
+                delta = delta * min(1.0, eps / float(delta.norm()))
+            points[k] = (x[k] + delta).clamp(0, 1)
+    return torch.stack(points).detach(), forwards, backwards
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("min_gain", [0.0, 0.2])
+def test_steps_of_different_lengths_and_the_early_stop_follow_the_slow_loop(norm: str, min_gain: float) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.rand(4, 3, 4, 4).double(), torch.randn(48, 5).double() / 4
+    eps, sizes = (0.1, (0.1, 0.05, 0.02, 0.01)) if norm == "linf" else (0.5, (0.5, 0.25, 0.1, 0.05))
+    start = torch.empty_like(x).uniform_(-0.02, 0.02)
+    calls = []
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        calls.append(images)
+        return (images.flatten(1) @ weight).tanh().square().sum()
+
+    attack = PGD(eps=eps, norm=norm, step_sizes=sizes, min_gain=min_gain)
+    found = attack(loss, x, start)
+    given = len(calls)
+    expected, forwards, backwards = slow_pgd(loss, x, start, sizes, norm=norm, eps=eps, min_gain=min_gain)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    assert (given, backwards) == ((4, 4) if not min_gain else (forwards, forwards - 1))
+    assert not min_gain or 1 < forwards < 4
+    plain = PGD(eps=eps, norm=norm, step_sizes=sizes[:1] * 3)
+    same = PGD(eps=eps, norm=norm, step_size=sizes[0], steps=3)
+    assert torch.equal(plain(loss, x, start), same(loss, x, start))
+
+
+def test_the_early_stop_looks_at_the_whole_value_also_where_it_is_negative() -> None:
+    x = torch.full((1, 1, 1, 1), 0.5)
+    for level, steps in ((-10.0, 1), (-0.01, 3)):  # every step brings 0.1: of 10 too little, of 0.01 enough
+        shown = []
+
+        def loss(images: torch.Tensor) -> torch.Tensor:
+            shown.append(images.item())  # noqa: B023
+            return level + images.sum()  # noqa: B023
+
+        PGD(eps=0.4, step_size=0.1, steps=3, random_start=False, min_gain=0.05)(loss, x)
+        assert len(shown) == (steps + 1 if steps < 3 else 3)
+
+
+def test_step_sizes_say_how_many_steps_there_are() -> None:
+    attack = PGD(step_sizes=[8 / 255, 4 / 255])
+    assert (attack.steps, attack.step_size, attack.sizes) == (2, 8 / 255, (8 / 255, 4 / 255))
+    assert PGD(steps=2, step_size=8 / 255, step_sizes=(8 / 255, 4 / 255)) == attack
+    assert dataclasses.replace(attack, eps=0.1).sizes == attack.sizes
+    assert PGD().sizes == (2 / 255,) * 5 and PGD(steps=0).sizes == ()
+    assert attack.with_steps(2) is attack
+    assert attack.with_steps(1) == PGD(step_size=12 / 255, steps=1)
+    assert PGD().with_steps(1) == PGD(step_size=2 / 255 * 5, steps=1) and PGD().with_steps(0).steps == 0
+    assert PGD(step_size=0.9).with_steps(1).step_size == 1
+
+
+def test_options_are_told_where_they_are_in_use_only() -> None:
+    attack = PGD(step_sizes=(8 / 255, 10 / 3 / 255), min_gain=0.03, replay=True)
+    assert eval(repr(attack)) == attack and repr(attack).endswith("min_gain=0.03, replay=True)")
+    assert attack.title == "PGD-2, linf 8/255 (steps 8, 3.33 /255; stops below 3 % gain; replayed)"
+    assert attack.to_dict()["step_sizes"] == attack.sizes
+    assert PGD().title == "PGD-5, linf 8/255"
+    assert set(PGD().to_dict()) == {"eps", "step_size", "steps", "norm", "random_start", "start_std"}
+
+
+def test_contradictions_and_bad_options_are_refused() -> None:
+    sizes = (8 / 255, 4 / 255)
+    with pytest.raises(ValueError, match="steps=3 contradicts step_sizes=.*which are 2 steps .* leave steps out"):
+        PGD(steps=3, step_sizes=sizes)
+    with pytest.raises(ValueError, match="step_size=0.1 contradicts step_sizes"):
+        PGD(step_size=0.1, step_sizes=sizes)
+    with pytest.raises(ValueError, match="got none: for no step write steps=0"):
+        PGD(step_sizes=())
+    with pytest.raises(ValueError, match=r"step_size must be in \(0, 1\], got 8: for 2 grey levels"):
+        PGD(step_sizes=(0.1, 8))
+    with pytest.raises(ValueError, match="step_size must be positive, got 0"):
+        PGD(step_sizes=(0.1, 0), norm="l2")
+    for bad in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"min_gain must be in \[0, 1\), got .*such as 0.01"):
+            PGD(min_gain=bad)
 
 
 def test_bad_gaussian_starts_are_refused() -> None:

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from hf_robust.attack_flags import AttackArguments, plain_attack_flags
 from hf_robust.attacks import PGD
 from hf_robust.cli import DataArguments, ModelArguments, PretrainRun, parse_pretrain
 from hf_robust.coresets import RCS, Coreset, FullData, RandomCoreset, StoredCoreset, coreset_names, load_coreset_method
@@ -397,12 +398,14 @@ def test_help_explains_the_fields_of_every_part(capsys, name):
     assert exit.value.code == 0
     text = capsys.readouterr().out
     assert "First line." in text
-    kinds = [DataArguments, ModelArguments, load_objective(name), PGD, RobustTrainingArguments]
-    for field in (f for kind in kinds for f in dataclasses.fields(kind) if f.init and f.name != "base"):
+    kinds = [DataArguments, ModelArguments, load_objective(name), plain_attack_flags(), AttackArguments]
+    for field in (
+        f for k in [*kinds, RobustTrainingArguments] for f in dataclasses.fields(k) if f.init and f.name != "base"
+    ):
         assert (f"--{field.name} " in text) is (field.name not in WITHOUT_EFFECT), field.name
     assert text.index("--probe_every ") < text.index("--adam_beta1 ")  # ours before the stock trainer's hundred
     words = " ".join(text.split())
-    for kind in (DataArguments, ModelArguments, load_objective(name), PGD):
+    for kind in kinds:
         for field in (f for f in dataclasses.fields(kind) if f.name != "base"):
             assert " ".join(field.metadata["help"].split()) in words, field.name
     assert "8/255" in words and ", ".join(METHODS) in words

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from hf_robust.attack_flags import AttackArguments, plain_attack_flags
 from hf_robust.attacks import PGD
 from hf_robust.finetune_cli import (
     POST,
@@ -305,7 +306,7 @@ def test_help_explains_the_modes_and_the_fields_of_every_part(capsys, mode):
     assert ", ".join(finetune_modes()) in words
     hidden = {"clean_branch", "reference_branch", "augmentation"} if mode == POST else set()
     method = [PostProcessing, AFF] if mode == POST else [load_objective(mode), ClassifierArguments]
-    for kind in [FinetuneDataArguments, *method, PGD]:
+    for kind in [FinetuneDataArguments, *method, plain_attack_flags(), AttackArguments]:
         for field in dataclasses.fields(kind):
             assert (f"--{field.name} " in text) is (field.name not in hidden), field.name
             assert field.name in hidden or " ".join(field.metadata["help"].split()) in words, field.name

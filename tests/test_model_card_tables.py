@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from card_reports import CLASSIFIER, report
 
+from hf_robust.attacks import PGD
 from hf_robust.evaluation.report import EncoderReport
 from hf_robust.model_card_tables import recipe, results, threat_model
 
@@ -59,6 +61,15 @@ def test_the_attack_of_the_training_is_a_row():
     assert "| L-inf | 8/255 | 2/255 | 5 |" in text and "White box and untargeted" in text
     plain = shown(threat_model, **{**CLASSIFIER, "threat_model": None})
     assert "None of its own" in plain and "White box" not in plain
+
+
+def test_an_attack_other_than_the_published_one_is_called_so():
+    assert "not the published" not in shown(threat_model)
+    attack = PGD(step_sizes=(8 / 255, 4 / 255), min_gain=0.03, replay=True).to_dict()
+    text = shown(threat_model, threat_model=json.loads(json.dumps(attack)))
+    assert "| L-inf | 8/255 | 8/255, 4/255 | 2 |" in text
+    assert "not the published training attack: steps of different lengths; it stops below a gain of 3 %" in text
+    assert "starts where its last one ended" in text
 
 
 def test_whole_numbers_of_the_training_have_no_decimals():

@@ -12,13 +12,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from training import tiny_model
+import torch
+from training import tiny_images, tiny_model
 
+from hf_robust.attacks import PGD
 from hf_robust.hub import save_encoder
 from hf_robust.objectives.aff import AFF
 from hf_robust.objectives.alf import ALF
 from hf_robust.objectives.autolora import AutoLoRa
 from hf_robust.objectives.sat import SAT
+from hf_robust.pretrainer import RobustPretrainer
 
 STUDIES = Path(__file__).parent.parent / "examples" / "studies"
 
@@ -39,6 +42,8 @@ def load_study(name: str) -> ModuleType:
 cells = load_study("cells")
 study = load_study("coresets")
 finetuning = load_study("finetuning")
+attacks = load_study("attack_schedules")
+SMALL = dataclasses.replace(attacks.SIZES["smoke"], batch_size=8, epochs=1)
 
 
 # ---------------------------------------------------------------------- the list of cells
@@ -166,6 +171,61 @@ def test_run_goes_on_where_it_stopped_and_report_tells_what_was_found(tmp_path, 
 def test_a_report_of_nothing_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="no finished cell in .*start with `run`"):
         study.main(["report", "--output_dir", str(tmp_path)])
+
+
+# ---------------------------------------------------------------------- attacks
+def test_attacks_are_compared_seed_by_seed():
+    listed = list(attacks.cells(3))
+    assert len({cell.name for cell in listed}) == len(listed) == 3 * len(attacks.ATTACKS)
+    assert [cell.seed for cell in listed] == sorted(cell.seed for cell in listed)
+    pgd = {cell.attack: cell.pgd() for cell in listed}
+    assert repr(pgd["published"]) == repr(PGD()) and pgd["decay3"].steps == 3
+    assert dataclasses.replace(pgd["replay2"], replay=False) == pgd["flat2"]  # what it is to be compared with
+    assert dataclasses.replace(pgd["early_stop"], min_gain=0) == pgd["published"]
+
+
+def test_the_study_of_attacks_tells_price_and_gain(tmp_path, capsys):
+    given = ["--size", "smoke", "--seeds", "1", "--dataset_name", "digits", "--output_dir", str(tmp_path)]
+    for only in ("published", "decay3", "replay2"):
+        attacks.main(["run", *given, "--only", only])
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json")}
+    assert {name: record["passes"] for name, record in found.items()} == {
+        "published-seed1": 16,
+        "decay3-seed1": 12,
+        "replay2-seed1": 10,
+    }
+    published, decay = found["published-seed1"], found["decay3-seed1"]
+    assert published["gain"] > 0 and 50 < published["gain_percent"] < 200
+    assert decay["gigaflop_per_image"] == pytest.approx(0.75 * published["gigaflop_per_image"])
+    assert 0 <= decay["pgd20_linf_8_255_accuracy"] <= 1 and decay["n_eval"] == 32
+    capsys.readouterr()
+    attacks.main(["report", "--output_dir", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert text.index("published: 5 x 2 | 1 | 16.0") < text.index("decay3: 8, 4, 2 | 1 | 12.0 ")
+    assert (tmp_path / "table.md").read_text() in text
+    assert (tmp_path / "attack_price_against_accuracy.png").stat().st_size > 10_000
+
+
+def test_watching_an_attack_changes_nothing(tmp_path):
+    """Counting and measuring leave the weights as an ordinary training has them."""
+    weights = []
+    for quarter in (0.0, 2.0):  # measured all the time, never
+        train = tiny_images(24)
+        trainer = attacks.build(attacks.Cell("decay3", 1), SMALL, train, train, tmp_path)
+        trainer.measured_from = quarter
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+        assert bool(trainer.watch.gains) is (quarter == 0)
+    plain = RobustPretrainer(
+        attacks.build(attacks.Cell("decay3", 1), SMALL, train, train, tmp_path).model,
+        trainer.args,
+        trainer.objective,
+        trainer.attack,
+        train_dataset=train,
+    )
+    plain.train()
+    weights.append(plain.model.state_dict())
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other)
 
 
 # ---------------------------------------------------------------------- fine-tuning

@@ -261,8 +261,8 @@ def test_channels_last_gives_the_same_step(tmp_path):
 def test_bf16_reaches_the_same_attack_and_nearly_the_same_loss(tmp_path):
     logs = []
     for bf16 in (False, True):
-        # 24 images of 16 x 16: train-mode norms over a handful of values would magnify any rounding
-        model = tiny_model(ACL(), image_size=16)
+        # 24 images of 16 x 16 and many channels: norms over a handful of values would magnify any rounding
+        model = tiny_model(ACL(), image_size=16, model_args={"channels": [16, 32, 64, 128]})
         trainer = tiny_trainer(tmp_path, ACL(), model=model, bf16=bf16, max_steps=1, per_device_train_batch_size=24)
         trainer.train()
         logs.append(trainer.state.log_history[0])

@@ -8,7 +8,7 @@ import pickle
 import pytest
 from transformers import TrainingArguments
 
-from hf_robust.training_args import WITHOUT_EFFECT, RobustTrainingArguments
+from hf_robust.training_args import WITHOUT_EFFECT, RobustTrainingArguments, check_fsdp_settings
 
 CHANGED = {
     "output_dir": "outputs/pretrain",
@@ -131,14 +131,64 @@ def test_no_advice_for_settings_that_transformers_does_not_have():
         ({"warmup_steps": 100}, "write --warmup_epochs"),
         ({"eval_strategy": "epoch"}, "measured by --probe_every"),
         ({"save_only_model": True}, "cannot be resumed exactly"),
-        ({"gradient_checkpointing": True}, "lower the batch instead"),
-        ({"torch_compile": True}, "leave it off"),
     ],
 )
 def test_stock_settings_without_effect_are_refused(values, advice):
     (name,) = values
     with pytest.raises(ValueError, match=f"^{name}=.* has no effect here: .*{advice}"):
         arguments(**values)
+
+
+# ---------------------------------------------------------------------- sharing out and recomputing
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"fsdp": True},
+            "fsdp=True is not supported.*write --shard_weights true, or launch with examples/accelerate/f",
+        ),
+        ({"deepspeed": {"stage": 1}}, "DeepSpeed is not supported.*write --shard_weights true"),
+        ({"shard_weights": True, "fp16": True}, "does not go with fp16.*write --bf16 true"),
+        ({"shard_weights": True, "torch_compile": True}, "shard_weights=True does not go with torch_compile=True"),
+        ({"gradient_checkpointing": True, "torch_compile": True}, "gradient_checkpointing=True does not go with"),
+    ],
+)
+def test_combinations_that_do_not_work_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(**values)
+
+
+def test_recomputing_survives_a_copy_of_the_arguments():
+    args = arguments(gradient_checkpointing=True)
+    assert args.gradient_checkpointing is True and dataclasses.replace(args).gradient_checkpointing is True
+    assert not getattr(args, "activation_checkpointing", False), "the stock trainer must not see it"
+    assert arguments().gradient_checkpointing is False
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version=1 is not supported, FSDP1 .*: set fsdp_version: 2 in the file"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params=true is not supported, every attack step"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "use the flag --gradient_checkpointing true instead"),
+    ],
+)
+def test_settings_of_a_launch_that_are_not_followed_are_refused(name, value, message):
+    check_fsdp_settings({"FSDP_VERSION": "2"})
+    with pytest.raises(ValueError, match=message):
+        check_fsdp_settings({"FSDP_VERSION": "2", name: value})
+
+
+def test_a_launch_in_fp16_does_not_share_weights_out(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="does not go with fp16.*write --bf16 true"):
+        arguments(shard_weights=True)
+
+
+def test_a_launch_with_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed is not supported.*examples/accelerate/fsdp2.yaml"):
+        arguments()
 
 
 def test_the_access_token_is_in_no_pickle_and_no_text():
@@ -214,3 +264,10 @@ def test_a_missing_logger_is_named_with_the_command_that_installs_it(monkeypatch
 def test_milestones_rise(tmp_path, milestones):
     with pytest.raises(ValueError, match="lr_milestones must be rising positive epochs such as 30 60, got"):
         RobustTrainingArguments(output_dir=str(tmp_path), report_to="none", lr_milestones=milestones)
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_batches_are_copied_to_an_accelerator_without_waiting(monkeypatch, accelerator):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerator)
+    args = arguments()
+    assert args.accelerator_config.non_blocking is args.dataloader_pin_memory is accelerator

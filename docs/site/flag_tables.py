@@ -71,7 +71,7 @@ def recipe(kind: Any) -> list[str]:
     """
     lines = ["| flag | value |", "| --- | --- |"]
     attack = getattr(kind, "training_attack", None)
-    values = {**kind.recipe, **(dataclasses.asdict(attack) if attack else {})}
+    values = {**kind.recipe, **(attack.to_dict() if attack else {})}
     return [*lines, *(f"| `--{name}` | {shown(name, value)} |" for name, value in values.items())]
 
 

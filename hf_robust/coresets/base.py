@@ -121,6 +121,7 @@ class SelectionTask:
         progress (`float`): training progress in [0, 1].
         device (`torch.device`): where the model is.
         show_progress (`bool`): draw a progress bar.
+        attacked (`Any`, *optional*): what attacks look through, such as a copy in half precision; default: `model`.
     """
 
     model: Any
@@ -140,6 +141,11 @@ class SelectionTask:
     device: torch.device
     show_progress: bool = False
     workers: int = 0
+    attacked: Any = None
+
+    def seen(self, model: Any = None) -> Any:
+        """The network that attacks look through, whatever `model` an objective asks it for; see `StepContext.seen`."""
+        return self.model if self.attacked is None else self.attacked
 
 
 @dataclass(frozen=True)

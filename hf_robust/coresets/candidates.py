@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_robust.attacks import PGD, LossFn
@@ -15,7 +14,7 @@ from hf_robust.data import collate_images
 from hf_robust.objectives.base import StepContext
 
 from .base import SelectionTask
-from .head import Head, Outputs, process_count
+from .head import Head, Outputs, process_count, process_number, summed, wide
 from .validation import ATTACK_SCALE, ValidationDistance
 
 __all__ = ["Candidates", "Chunk", "Minibatches", "Samples", "Scorer", "minibatches"]
@@ -59,11 +58,8 @@ class Scorer:
     """
 
     def __init__(self, task: SelectionTask, attack_steps: int | None) -> None:
-        self._task, attack = task, task.attack
-        if attack_steps is not None and attack_steps != attack.steps:
-            size = attack.step_size * attack.steps / max(1, attack_steps)
-            attack = replace(attack, step_size=min(1.0, size) if attack.norm == "linf" else size, steps=attack_steps)
-        self._attack = attack
+        self._task = task
+        self._attack = task.attack if attack_steps is None else task.attack.with_steps(attack_steps)
 
     def stream(self, minibatches: dict[int, Tensor]) -> Iterator[tuple[int, Scored]]:
         """Score minibatches one after the other, loading ahead when the training does.
@@ -100,10 +96,10 @@ class Scorer:
         task = self._task
         batch = task.views({k: v.to(task.device) for k, v in items.items()}, task.generator(f"views {number}"))
         attack = self._bound(self._attack, task.generator(f"attack {number}"))
-        context = StepContext(attack, task.progress, None, task.autocast)
+        context = StepContext(attack, task.progress, None, task.autocast, seen=task.seen)
         passes = task.objective.candidate_passes(task.model, batch, context)
         with torch.no_grad():
-            features = [(branch, task.model.features(x, branch).float()) for branch, x in passes]
+            features = [(branch, wide(task.model.features(x, branch))) for branch, x in passes]
         kept = {k: v for k, v in batch.items() if k == "label"}  # the images have done their part
 
         def losses(outputs: Outputs) -> Tensor:
@@ -157,8 +153,7 @@ class Candidates:
         self._signature = signature if signature is not None else lambda gradients: gradients
         self._weights = chunk.head.weights  # theta', moves; candidates are compared at theta
         self._rows = list(chunk.rows)
-        rank, world = (dist.get_rank() if process_count() > 1 else 0), process_count()
-        self._local = list(range(rank, len(self._rows), world))
+        self._local = list(range(process_number(), len(self._rows), process_count()))
         self._score(chunk)
 
     @property
@@ -168,11 +163,11 @@ class Candidates:
 
     def gains(self) -> Tensor:
         """Gain of every candidate at the present theta', `(K,)`; the same on every process."""
-        return _summed(self._gains(self._validation.gradient(self._weights)))
+        return summed(self._gains(self._validation.gradient(self._weights)))
 
     def take(self, picks: Tensor) -> None:
         """Step on the head along the gradient of the candidates just taken."""
-        gradient = _summed(self._gradient(picks))
+        gradient = summed(self._gradient(picks))
         self._weights = self._head.step(self._weights, gradient, self._size)
 
     def images(self, picks: Sequence[int]) -> Tensor:
@@ -193,8 +188,7 @@ class Minibatches(Candidates):
     """A candidate is a minibatch; its gradient is that of the mean loss (released)."""
 
     def _score(self, chunk: Chunk) -> None:
-        device = next(iter(self._head.weights.values())).device
-        self._gradients = torch.empty(len(self._local), self._head.length, device=device)
+        self._gradients = torch.empty(len(self._local), self._head.length, **self._head.like)
         chosen = {chunk.first + k: self._rows[k] for k in self._local}
         for place, (_, scored) in enumerate(chunk.scorer.stream(chosen)):
             losses = scored.losses
@@ -212,7 +206,7 @@ class Minibatches(Candidates):
         return torch.cat([self._rows[k] for k in picks])
 
     def _gains(self, direction: Tensor) -> Tensor:
-        gains = torch.zeros(len(self._rows), device=direction.device)
+        gains = torch.zeros(len(self._rows), **self._head.like)
         gains[self._local] = self._signatures @ self._signature(direction[None])[0]
         return gains
 
@@ -244,23 +238,16 @@ class Samples(Candidates):
         return torch.cat(self._rows)[torch.tensor(picks)]
 
     def _gains(self, direction: Tensor) -> Tensor:
-        gains = torch.zeros(self._bounds[-1], device=direction.device)
+        gains = torch.zeros(self._bounds[-1], **self._head.like)
         for k, scored in self._scored.items():
             here = slice(self._bounds[k], self._bounds[k + 1])
             gains[here] = self._head.directional(scored.losses, self._head.weights, direction)
         return gains
 
     def _gradient(self, picks: Tensor) -> Tensor:
-        gradient = torch.zeros(self._head.length, device=next(iter(self._head.weights.values())).device)
-        taken = torch.zeros(self._bounds[-1], device=gradient.device).index_fill_(0, picks.to(gradient.device), 1.0)
+        gradient = torch.zeros(self._head.length, **self._head.like)
+        taken = torch.zeros(self._bounds[-1], **self._head.like).index_fill_(0, picks.to(gradient.device), 1.0)
         for k, scored in self._scored.items():
             weight = taken[self._bounds[k] : self._bounds[k + 1]] / len(picks)
             gradient += self._head.gradient(lambda out: (scored.losses(out) * weight).sum(), self._head.weights)  # noqa: B023
         return gradient
-
-
-def _summed(values: Tensor) -> Tensor:
-    """The sum over all processes; every process holds zeros where another one has scored."""
-    if process_count() > 1:
-        dist.all_reduce(values)
-    return values

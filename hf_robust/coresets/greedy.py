@@ -40,7 +40,7 @@ def greedy(
     left, sizes = torch.ones(len(sizes), dtype=torch.bool), sizes.cpu()
     missing = budget
     while missing > 0:
-        present = gains().float().cpu()
+        present = gains().cpu()
         if not bool(torch.isfinite(present).all()):
             broken = int((~torch.isfinite(present)).sum())
             raise FloatingPointError(

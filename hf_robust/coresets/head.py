@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from hf_robust.models.norm import use_branch
 
-__all__ = ["Head", "process_count"]
+__all__ = ["Head", "process_count", "process_number", "summed", "wide"]
 
 Weights = dict[str, Tensor]
 Outputs = Callable[[str, Tensor], Tensor]  # branch, features (N, D) -> head outputs (N, P)
@@ -23,10 +23,32 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_number() -> int:
+    """Which of them this one is, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes, in place: exact where each value is zero on all processes but one.
+
+    Args:
+        values (`torch.Tensor`): of the same shape on every process.
+    """
+    if process_count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def wide(values: Tensor) -> Tensor:
+    """The same values in float32, or in float64 where they are that."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 class Head:
     """The linear layers of a projector or classifier as a function of their weights; the module is never written to.
 
-    Weights and biases of every `nn.Linear` count, in float32; affine parameters of norm layers do not, as released.
+    Weights and biases of every `nn.Linear` count, in float32 (float64 in a network of that); affine parameters of
+    norm layers do not, as released.
 
     Args:
         model (`Any`): has `head_module` and `switch`; in evaluation mode.
@@ -40,7 +62,13 @@ class Head:
         for path, module in self._module.named_modules():
             if isinstance(module, nn.Linear):
                 for name, value in module.named_parameters():
-                    self.weights[f"{path}.{name}" if path else name] = value.detach().float()
+                    self.weights[f"{path}.{name}" if path else name] = wide(value.detach())
+
+    @property
+    def like(self) -> dict[str, Any]:
+        """Precision and device of gradients, as arguments of a new tensor."""
+        first = next(iter(self.weights.values()))
+        return {"dtype": first.dtype, "device": first.device}
 
     @property
     def length(self) -> int:
@@ -59,7 +87,7 @@ class Head:
 
         def outputs(branch: str, features: Tensor) -> Tensor:
             with use_branch(self._switch, branch), torch.autocast(features.device.type, enabled=False):
-                return functional_call(self._module, weights, (features.float(),))
+                return functional_call(self._module, weights, (wide(features),))
 
         return outputs
 

@@ -47,10 +47,11 @@ class RCS(ChosenCoreset):
     (on P processes that is P times the images of a training step of one: `batch_size` lowers it); for minibatches
     `chunk_size` x (values of a head gradient) x 4 bytes, 0.3 GB for 97 of them and ResNet-18's projector, plus the
     signatures of `"released"`; for single images `chunk_size` x (images of a minibatch) x (values of the features of
-    all passes) x 4 bytes; one folded backbone per norm branch; the validation images as uint8; in a training of
+    all passes) x 4 bytes; one folded backbone per norm branch (a second one in half
+    precision where the training is); the validation images as uint8; in a training of
     lower precision, the activations of one float32 pass over a candidate minibatch. The search is made chunk by
-    chunk, independently, the budget shared by largest remainder. Several processes score disjoint candidates; the
-    attack on the validation split is repeated on each.
+    chunk, independently, the budget shared by largest remainder. Several processes score disjoint candidates, attack
+    disjoint validation images, and exchange gains and features.
 
     Source: Xu et al. 2023, "Efficient Adversarial Contrastive Learning via Robustness-Aware Coreset Selection";
         released code `RCS.py`. What we change: gradients in full, one step, exact budget, every validation image.
@@ -143,7 +144,10 @@ class RCS(ChosenCoreset):
         if task.budget == len(task.pool):
             return Selection(task.pool)
         task = dataclasses.replace(
-            task, model=FoldedNetwork(task.model), batch_size=self.batch_size or task.batch_size
+            task,
+            model=FoldedNetwork(task.model),
+            attacked=_copy_in_half_precision(task),
+            batch_size=self.batch_size or task.batch_size,
         )
         # a generator of the CPU, so that every device sees the same candidates
         order = torch.randperm(len(task.pool), generator=on_cpu(task.generator("order")))
@@ -180,3 +184,11 @@ class RCS(ChosenCoreset):
 
         picks, found = greedy(gains, candidates.take, candidates.sizes, budget, at_once)
         return Selection(candidates.images(picks)[:budget], found)
+
+
+def _copy_in_half_precision(task: SelectionTask) -> FoldedNetwork | None:
+    """For the attacks of a training in half precision: weights are cast once, not in every pass."""
+    kind = task.device.type
+    with task.autocast():
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return None if dtype is None else FoldedNetwork(task.model, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from hf_robust.data import collate_images
 from hf_robust.losses import representational_distance
 
 from .base import SelectionTask
-from .head import Head, Outputs, Weights, process_count
+from .head import Head, Outputs, Weights, process_count, process_number, summed, wide
 
 __all__ = ["ATTACK_SCALE", "ValidationDistance"]
 
@@ -24,7 +26,8 @@ class ValidationDistance:
     """Representational distance between the validation images and their attacked versions, with its gradient.
 
     Clean features are computed once: the backbone does not change during a selection. The attack maximises the same
-    distance, through the head as it stands after the picks so far.
+    distance, through the head as it stands after the picks so far. Several processes attack different images and
+    exchange the features, so that all of them hold the same gradient.
 
     Args:
         task ([`SelectionTask`]): model and validation images.
@@ -51,11 +54,15 @@ class ValidationDistance:
         self._generator = task.generator("validation attack")
         # as many at a time as one process trains on; optimal transport compares an image with all of its block
         size = min(OT_BLOCK, task.batch_size) if kind == "ot" else -(-task.batch_size // process_count())
-        self._images = [  # uint8: a quarter of the memory of the pixels that are attacked
-            collate_images([task.dataset[int(k)] for k in rows])["image"].to(task.device)
-            for rows in task.validation.split(size)
-        ]
-        self._features = [self._encode(task.originals(x), self._clean) for x in self._images]
+        blocks = task.validation.split(size)
+        self._sizes = [len(rows) for rows in blocks]
+        self._images = {  # uint8: a quarter of the memory of the pixels that are attacked
+            k: collate_images([task.dataset[int(i)] for i in blocks[k]])["image"].to(task.device)
+            for k in range(process_number(), len(blocks), process_count())
+        }
+        self._pixel = task.originals(task.dataset[int(blocks[0][0])]["image"][None].to(task.device))
+        clean = {k: self._encode(task.originals(x), self._clean) for k, x in self._images.items()}
+        self._features = self._exchanged(clean)
         self._adversarial: list[Tensor] = []
 
     def gradient(self, weights: Weights) -> Tensor:
@@ -69,10 +76,14 @@ class ValidationDistance:
         """
         if self._reattack or not self._adversarial:
             outputs = self._head.outputs(weights)
-            self._adversarial = [
-                self._encode(self._attack_batch(self._task.originals(x), f, outputs), self._attacked)
-                for x, f in zip(self._images, self._features, strict=True)
-            ]
+            self._adversarial = self._exchanged(
+                {
+                    k: self._encode(
+                        self._attack_batch(self._images[k], self._features[k], outputs, start), self._attacked
+                    )
+                    for k, start in self._starts()
+                }
+            )
         blocks = list(zip(self._features, self._adversarial, strict=True))
         if self._kind != "ot":  # means over rows: one block is the same and faster
             blocks = [(torch.cat(self._features), torch.cat(self._adversarial))]
@@ -87,17 +98,35 @@ class ValidationDistance:
 
         return self._head.gradient(distance, weights)
 
-    def _attack_batch(self, x: Tensor, features: Tensor, outputs: Outputs) -> Tensor:
+    def _starts(self) -> Iterator[tuple[int, Tensor]]:
+        """First perturbations of this process's blocks; drawn for all, so that they do not depend on its number."""
+        for k, size in enumerate(self._sizes):
+            drawn = self._attack.first(self._pixel.expand(size, *self._pixel.shape[1:]), self._generator)
+            if k in self._images:
+                yield k, drawn
+
+    def _exchanged(self, found: dict[int, Tensor]) -> list[Tensor]:
+        """Features of all blocks, from those of the blocks of this process."""
+        if process_count() == 1:
+            return [found[k] for k in range(len(self._sizes))]
+        width = self._encode(self._pixel, self._clean).shape[1]
+        every = torch.zeros(sum(self._sizes), width, **self._head.like)
+        parts = list(every.split(self._sizes))
+        for k, features in found.items():
+            parts[k].copy_(features)
+        return list(summed(every).split(self._sizes))
+
+    def _attack_batch(self, images: Tensor, features: Tensor, outputs: Outputs, start: Tensor) -> Tensor:
         with torch.no_grad():
             clean = outputs(self._clean, features)
 
         def distance(images: Tensor) -> Tensor:
             with self._task.autocast():
-                found = self._task.model.features(images, self._attacked)
+                found = self._task.seen().features(images, self._attacked)
             return representational_distance(clean, outputs(self._attacked, found), self._kind) * ATTACK_SCALE
 
-        return self._attack(distance, x, generator=self._generator)
+        return self._attack(distance, self._task.originals(images), start)
 
     @torch.no_grad()
     def _encode(self, images: Tensor, branch: str) -> Tensor:
-        return self._task.model.features(images, branch).float()
+        return wide(self._task.model.features(images, branch))

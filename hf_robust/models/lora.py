@@ -246,6 +246,10 @@ class AdaptedModel(RobustModelForPreTraining):
         # A plain dict: the layers are children of the backbone already.
         self.lora_layers: dict[str, Any] = _inject(self.backbone, config)
 
+    def adapted_layers(self, path: str) -> dict[str, Any]:
+        """All adapted layers, see [`RobustModelForPreTraining.adapted_layers`]."""
+        return self.lora_layers
+
 
 class LoraPathModel(AdaptedModel):
     """A model with a second path, `"lora"`, beside its norm branches: adapters on, base weights held constant.
@@ -288,7 +292,7 @@ class LoraPathModel(AdaptedModel):
         Raises:
             ValueError: For an unknown path; the message lists the known ones.
         """
-        norm_branch = self._norm_branch(branch)
+        norm_branch = self.norm_branch(branch)
         if branch != LORA_PATH:
             return super().features(x, norm_branch)
         tensors = {n: p.detach() for n, p in self.backbone.named_parameters() if not is_lora(n)}
@@ -311,9 +315,14 @@ class LoraPathModel(AdaptedModel):
         Raises:
             ValueError: For an unknown path; the message lists the known ones.
         """
-        return super().head(features, self._norm_branch(branch))
+        return super().head(features, self.norm_branch(branch))
 
-    def _norm_branch(self, path: str) -> str:
+    def adapted_layers(self, path: str) -> dict[str, Any]:
+        """All adapted layers for `"lora"`, none for a norm branch."""
+        return self.lora_layers if path == LORA_PATH else {}
+
+    def norm_branch(self, path: str) -> str:
+        """The norm branch that a path runs through, of `"lora"` the `default_branch`; unknown paths are refused."""
         if path not in self.paths:
             known = ", ".join(map(repr, self.paths))
             raise ValueError(f"unknown path {path!r}: this model has {known}; ask for one of these")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 
 from .backbones import create_backbone
+from .checkpointing import checkpoint_blocks
 from .norm import BranchSwitch, add_norm_branches, use_branch
 
 __all__ = ["InputNormalization", "Projector", "RobustModelForPreTraining", "RobustPretrainingConfig"]
@@ -212,6 +213,36 @@ class RobustModelForPreTraining(PreTrainedModel):
         """
         return "adv" if "adv" in self.switch.branches else self.switch.branches[0]
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What the methods take as `branch`: the norm branches."""
+        return self.switch.branches
+
+    def norm_branch(self, path: str) -> str:
+        """The norm branch that a path runs through: itself.
+
+        Args:
+            path (`str`): One of `paths`.
+
+        Returns:
+            `str`: Name of the branch.
+
+        Raises:
+            ValueError: For an unknown path; the message lists the known ones.
+        """
+        return self.switch.check(path)
+
+    def adapted_layers(self, path: str) -> dict[str, Any]:
+        """Layers of the backbone whose adapters act on a path, by their names: none.
+
+        Args:
+            path (`str`): One of `paths`.
+
+        Returns:
+            `dict[str, nn.Module]`: PEFT's layers.
+        """
+        return {}
+
     def freeze_backbone(self) -> None:
         """Lets only the head learn: backbone parameters want no gradient, its layers stay in evaluation mode.
 
@@ -220,6 +251,27 @@ class RobustModelForPreTraining(PreTrainedModel):
         """
         self._backbone_frozen = True
         self.backbone.requires_grad_(False).eval()
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Computes activations of the backbone twice rather than keeping them, see [`checkpoint_blocks`].
+
+        Args:
+            *args (`Any`): Without effect; those of transformers' method.
+            **kwargs (`Any`): The same.
+
+        Raises:
+            ValueError: For a backbone that is not made of blocks, and for a network with a second path of adapters.
+        """
+        if self.paths != self.switch.branches:
+            raise ValueError(
+                f"gradient_checkpointing=True does not work with the paths {list(self.paths)}: activations would be "
+                "computed again without the adapters; leave it out and lower --per_device_train_batch_size"
+            )
+        if not checkpoint_blocks(self.backbone, self.switch):
+            raise ValueError(
+                f"gradient_checkpointing=True does not work with the backbone {self.config.architecture!r}, which is "
+                "not made of blocks: leave it out and lower --per_device_train_batch_size"
+            )
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode; a backbone frozen by [`freeze_backbone`] stays in evaluation mode.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust.losses import gather, nt_xent
-from hf_robust.objectives.base import Objective, StepContext, check_temperature, unwrapped
+from hf_robust.objectives.base import Objective, StepContext, check_temperature
 
 __all__ = ["ACL"]
 
@@ -85,10 +85,10 @@ class ACL(Objective):
 
     def attacked(self, model: nn.Module, context: StepContext) -> tuple[Callable[[Tensor], Tensor], ...]:
         """Embedding functions that the attack looks through, for the first and for the second views."""
-        module = unwrapped(model)
+        seen = context.seen(model)
 
         def embed(images: Tensor) -> Tensor:
-            return module.embed(images, "adv")
+            return seen.embed(images, "adv")
 
         return embed, embed
 
@@ -138,13 +138,13 @@ class ACL(Objective):
 
     def _attack_first_views(self, model: nn.Module, batch: dict[str, Tensor], context: StepContext) -> Tensor:
         """Mode a2s: first views, attacked to raise their contrast with the clean second views."""
-        module = unwrapped(model)
+        seen = context.seen(model)
         targets: list[Tensor] = []
 
         def loss(images: Tensor) -> Tensor:
             if not targets:  # encoded once, inside the attack, where the network is in evaluation mode
                 with torch.no_grad():
-                    targets.append(module.embed(batch["view_2"], "clean"))
-            return nt_xent(gather(module.embed(images, "adv")), gather(targets[0]), self.temperature)
+                    targets.append(seen.embed(batch["view_2"], "clean"))
+            return nt_xent(gather(seen.embed(images, "adv")), gather(targets[0]), self.temperature)
 
         return context.attack(loss, batch["view_1"])

@@ -32,6 +32,11 @@ class AccuracyRequest:
     per_epoch: int
 
 
+def unwrapped(model: Any) -> Any:
+    """The module inside a distributed wrapper, where `embed` lives."""
+    return getattr(model, "module", model)
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What the trainer hands to an objective beside model and batch.
@@ -44,6 +49,9 @@ class StepContext:
         autocast (`Callable[[], AbstractContextManager]`): the precision of the training, for passes of the teacher
             (the model and the attack are in it already).
         standard_accuracy (`float`): last answer to the objective's `accuracy_request`, in [0, 1]; 0 before the first.
+        seen (`Callable[[Any], Any]`): the network to attack in the place of a (possibly wrapped) model or teacher,
+            with its `features`, `head` and `embed`: the same function in the mode of the attack, perhaps faster.
+            Asked for once per attack, right before it: it does not follow later changes of the weights.
     """
 
     attack: Callable[[LossFn, Tensor], Tensor]
@@ -51,6 +59,7 @@ class StepContext:
     teacher: Any = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     standard_accuracy: float = 0.0
+    seen: Callable[[Any], Any] = unwrapped
 
 
 @dataclass
@@ -252,10 +261,10 @@ class SupervisedObjective(Objective):
         Returns:
             `torch.Tensor` of shape `(N, 3, H, W)` in [0, 1].
         """
-        module, labels = unwrapped(model), self.labels(batch)
+        seen, labels = context.seen(model), self.labels(batch)
 
         def loss(images: Tensor) -> Tensor:
-            return cross_entropy(module.embed(images, "adv"), labels)
+            return cross_entropy(seen.embed(images, "adv"), labels)
 
         return context.attack(loss, batch[self.augmentation])
 
@@ -273,14 +282,14 @@ class SupervisedObjective(Objective):
         Returns:
             `torch.Tensor` of shape `(N, 3, H, W)` in [0, 1].
         """
-        module, x = unwrapped(model), batch[self.augmentation]
+        seen, x = context.seen(model), batch[self.augmentation]
         references: list[Tensor] = []
 
         def loss(images: Tensor) -> Tensor:
             if not references:  # once, inside the attack, where the network is in evaluation mode
                 with torch.no_grad():
-                    references.append(module.embed(x, reference_branch))
-            return kl_divergence(references[0], module.embed(images, "adv"))
+                    references.append(seen.embed(x, reference_branch))
+            return kl_divergence(references[0], seen.embed(images, "adv"))
 
         return context.attack(loss, x)
 
@@ -322,11 +331,6 @@ def check_rank(rank: int) -> None:
     """
     if rank != int(rank) or rank < 1:
         raise ValueError(f"rank must be a whole number, 1 or more, got {rank}: the published value is 8")
-
-
-def unwrapped(model: Any) -> Any:
-    """The module inside a distributed wrapper, where `embed` lives."""
-    return getattr(model, "module", model)
 
 
 def check_fit(objective: Objective, model: Any, dataset: Any | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robust.objectives.acl import ACL
-from hf_robust.objectives.base import StepContext, unwrapped
+from hf_robust.objectives.base import StepContext
 
 __all__ = ["DynACL"]
 
@@ -81,7 +81,7 @@ class DynACL(ACL):
         embed, partner_embed = super().attacked(model, context)
         if context.teacher is None:
             return embed, partner_embed
-        teacher = unwrapped(context.teacher)
+        teacher = context.seen(context.teacher)
         return embed, lambda images: teacher.embed(images, "adv")
 
     def passes(self, model: nn.Module, passes: list[tuple[str, Tensor]], context: StepContext) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 from datetime import date
@@ -132,9 +131,7 @@ def start_line(run: FinetuneRun, train: ImageDataset, held_out: ImageDataset | N
     """What is going to be trained, on what, for how long, against which attack."""
     args, attack = run.training, run.attack
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    budget = (
-        f"PGD-{attack.steps}, {attack.norm} {attack.eps * 255:.3g}/255" if run.objective.adversarial else "no attack"
-    )
+    budget = attack.title if run.objective.adversarial else "no attack"
     deciding = f", {len(held_out)} more decide" if held_out is not None else ""
     classes = run.post.count(train) if run.post else train.num_classes
     return (
@@ -158,7 +155,7 @@ def print_table(rows: dict[str, dict[str, float]], n: int, title: str) -> None:
 
 def result(run: FinetuneRun, name: str, found: Accuracy, n_train: int, split: str) -> dict[str, Any]:
     """An entry of `EncoderReport.results`."""
-    attack = dataclasses.asdict(found.attack) if found.attack is not None else {}
+    attack = found.attack.to_dict() if found.attack is not None else {}
     return {
         "model": name,
         "metrics": found.to_dict(),
@@ -250,7 +247,7 @@ def write_report(
             "n_images": len(trainer.train_dataset),
             "hub_id": dataset if "/" in dataset else None,
         },
-        threat_model=vars(run.attack) if run.objective.adversarial else None,
+        threat_model=run.attack.to_dict() if run.objective.adversarial else None,
         training={**training_facts(trainer), **chosen},
         results=results,
         command=command_line(),
@@ -276,7 +273,8 @@ def finetune(run: FinetuneRun, environment: dict[str, Any]) -> None:
     folder = Path(str(run.training.output_dir))
     start = build_classifier(run.encoder, 2, image_size=run.data.image_size)  # an unfit encoder is found now
     image_size, measured = start.config.image_size, check_test_split(run)
-    images = load(run, run.data.split, image_size, max_examples=run.data.max_examples)
+    data = run.data
+    images = load(run, data.split, image_size, max_examples=data.max_examples, check_images=data.check_images)
     train, held_out = split_validation(images, run.training.validation_fraction, run.training.seed)
     model = build_model(run, train)
     trainer = RobustFinetuner(model, run.training, run.objective, run.attack, train, held_out)
@@ -320,7 +318,8 @@ def improve_encoder(run: FinetuneRun, environment: dict[str, Any]) -> None:
     folder = Path(str(run.training.output_dir))
     start = build_classifier(run.encoder, 2, image_size=run.data.image_size)
     image_size, measured = start.config.image_size, check_test_split(run)
-    images = load(run, run.data.split, image_size, max_examples=run.data.max_examples)
+    data = run.data
+    images = load(run, data.split, image_size, max_examples=data.max_examples, check_images=data.check_images)
     say(run, f"{run.post.count(images)} pseudo-classes. " + start_line(run, images, None, image_size))
     trainer = post_process(
         run.encoder,

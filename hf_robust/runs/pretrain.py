@@ -88,16 +88,17 @@ def load_data(run: PretrainRun, image_size: int) -> tuple[ImageDataset, ImageDat
         "image_column": data.image_column,
         "label_column": data.label_column,
         "image_size": image_size,
+        "on_error": data.on_error,
     }
     train = load_image_dataset(
-        data.dataset_name, data.split, **columns, on_error=data.on_error, max_examples=data.max_examples
+        data.dataset_name, data.split, **columns, max_examples=data.max_examples, check_images=data.check_images
     )
     train.name = dataset_title(run.data.dataset_name)
     if train.labels is None or train.num_classes == 1 or not data.eval_split:
         say(run, "No labels to probe with: the encoder is trained, but its accuracy is not measured.")
         return train, None
     try:
-        evaluation = load_image_dataset(data.dataset_name, data.eval_split, **columns, on_error=data.on_error)
+        evaluation = load_image_dataset(data.dataset_name, data.eval_split, **columns)
     except MissingSplitError as error:
         say(run, f"The accuracy of the encoder is not measured: {error}")
         return train, None
@@ -257,7 +258,7 @@ def write_report(
             "n_images": len(trainer.train_dataset),
             "hub_id": dataset if "/" in dataset else None,
         },
-        threat_model=vars(attack) if attack else None,
+        threat_model=attack.to_dict() if attack else None,
         training=training_facts(trainer),
         coreset=coreset_facts(trainer),
         results=rows,
@@ -288,7 +289,7 @@ def start_line(run: PretrainRun, trainer: RobustPretrainer, image_size: int) -> 
     args, attack, images = run.training, run.attack, f"{len(trainer.train_dataset)} images of {run.data.dataset_name}"
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     attacked = "adv" in run.objective.norm_branches
-    budget = f"PGD-{attack.steps}, {attack.norm} {attack.eps * 255:.3g}/255" if attacked else "no attack"
+    budget = attack.title if attacked else "no attack"
     coreset = f"; coreset: {describe_coreset(trainer)}" if run.coreset.chooses else ""
     return (
         f"{run.objective.title}: {run.model.backbone} {run.model_args or ''}, {images}, "

@@ -43,7 +43,7 @@ def images(model: RobustModelForPreTraining, n: int = 3) -> Tensor:
 
 
 def backbone(network: FoldedNetwork, branch: str) -> nn.Module:
-    return network._backbones[branch]
+    return network.copy_of(branch).backbone
 
 
 def norms(module: nn.Module) -> int:
@@ -174,7 +174,7 @@ def test_a_norm_that_is_not_alone_in_reading_a_convolution_stays():
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.3, 3)
         x = torch.rand(2, 3, 8, 8)
-        fused = folded_module._fuse(network)
+        fused, _ = folded_module._fuse(network)
         torch.testing.assert_close(fused(x), network(x))
     assert norms(fused) == 2
 
@@ -184,9 +184,9 @@ def test_a_backbone_that_cannot_be_traced_is_copied_as_it_is():
     model.backbone = Branching(model.backbone)
     network, x = FoldedNetwork(model), images(model)
     with torch.no_grad():
-        assert torch.equal(network.embed(x, "adv"), model.embed(x, "adv"))
-        assert torch.equal(network.embed(x, "clean"), model.embed(x, "clean"))
-    assert norms(backbone(network, "adv")) > 0
+        assert torch.equal(network.features(x, "adv"), model.features(x, "adv"))
+        assert torch.equal(network.features(x, "clean"), model.features(x, "clean"))
+    assert norms(backbone(network, "adv")) > 0 and not network.folds("adv")
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y * 1.1, lambda y: y * float("nan"), lambda y: y[:, :-1]])
@@ -201,7 +201,7 @@ def test_a_folded_backbone_that_disagrees_is_not_used(monkeypatch, wrong):
         def forward(self, x: Tensor) -> Tensor:
             return wrong(self.inner(x))
 
-    monkeypatch.setattr(folded_module, "_fuse", lambda network: Wrong(fuse(network)))
+    monkeypatch.setattr(folded_module, "_fuse", lambda network: (Wrong(fuse(network)[0]), {}))
     model = trained_looking("cifar")
     network, x = FoldedNetwork(model), images(model)
     with torch.no_grad():
@@ -236,14 +236,15 @@ def test_the_model_is_left_as_it_was(name):
     torch.manual_seed(7)
     state = torch.get_rng_state()
     network = FoldedNetwork(model)
-    x = images(model)
+    x = images(model).requires_grad_()
     network.embed(x, "clean").sum().backward()
+    assert x.grad.abs().max() > 0
     assert torch.equal(torch.get_rng_state(), state)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
     assert [p.requires_grad for p in model.parameters()] == flags and model.switch.branch == "adv"
     assert {key: m.training for key, m in model.named_modules()} == modes
-    assert all(p.grad is None for p in model.backbone.parameters())  # the copies are frozen, and no alias
+    assert all(p.grad is None for p in model.parameters())  # the copies are frozen, and no alias
 
 
 def test_weights_that_move_later_do_not_move_the_copy():
@@ -274,7 +275,7 @@ def test_images_that_pass_part_by_part_on_a_cpu_give_the_same_features_and_input
     model = trained_looking("cifar").to(dtype)
     folded, x = FoldedNetwork(model), images(model, 7).requires_grad_(True)
     sizes = []
-    folded._backbones["adv"].register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    folded.copy_of("adv").backbone.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
     whole = folded.features(x, "adv")
     (expected,) = torch.autograd.grad(whole.square().sum(), x)
     monkeypatch.setattr(folded_module, "CACHE_PIXELS", 3 * 16 * 16)
@@ -290,12 +291,12 @@ def test_the_first_convolution_takes_over_the_division_by_the_standard_deviation
     model = trained_looking(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     folded, x = FoldedNetwork(model), images(model).requires_grad_(True)
-    assert folded._scaled is folds
     for branch in model.switch.branches:
+        assert folded.copy_of(branch).shift is folds
         found, expected = folded.features(x, branch), model.features(x, branch)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
         one, other = (torch.autograd.grad(z.square().sum(), x)[0] for z in (found, expected))
         torch.testing.assert_close(one, other, atol=1e-3 * float(other.abs().max()), rtol=1e-2)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     plain = FoldedNetwork(trained_looking(name, mean=None, std=None))
-    assert plain._scaled is False
+    assert plain.copy_of("adv").shift is False
