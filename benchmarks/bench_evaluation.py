@@ -1,4 +1,8 @@
-"""Accuracy on clean and PGD-20 images: the library's measurement, in float32 as it always is, against plain PGD."""
+"""Accuracy on clean and PGD-20 images: the library's measurement, in float32 as it always is, against plain PGD.
+
+`eager` is what the library does by itself; `folded` hands the same measurement a folded network, which a caller may
+do.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,10 @@ class Processes:
                 command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
             self._children.append(child)
-        self.facts = self._answers()[0]  # ready
+
+    def ready(self) -> dict[str, Any]:
+        """Wait until all are set up; what the first one says of its communication."""
+        return self._answers()[0]
 
     def step(self) -> Reading:
         """One step: the seconds of the slowest process, and processor seconds of all of them."""
@@ -72,6 +75,7 @@ class Processes:
             child.stdin.close()
         for child in self._children:
             child.wait(timeout=60)
+            child.stdout.close()
 
     def _answers(self) -> list[dict[str, Any]]:
         found = []
@@ -80,7 +84,6 @@ class Processes:
             while not line.startswith("{"):  # the trainer may have something to say, too
                 line = child.stdout.readline()
                 if not line:
-                    self.close()
                     raise ValueError(f"a process of the scaling measurement ended with status {child.wait()}")
             found.append(json.loads(line))
         return found
@@ -112,10 +115,13 @@ def counted_bytes() -> Iterator[dict[str, int]]:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Images per second on two processes over those on one; 2 would be perfect."""
     images = options.batch_size or BATCH
-    groups = {"one": Processes(options, 1, images)}
+    groups: dict[str, Processes] = {}
     results: list[dict[str, Any]] = []
     try:
-        groups |= {"strong": Processes(options, WORLD, images // WORLD), "weak": Processes(options, WORLD, images)}
+        groups["one"] = Processes(options, 1, images)
+        groups["strong"] = Processes(options, WORLD, images // WORLD)
+        groups["weak"] = Processes(options, WORLD, images)
+        facts = {name: group.ready() for name, group in groups.items()}
         turns = {name: group.step for name, group in groups.items()}
         readings = interleave(
             turns, options.rounds, lambda turn: turn(), budget=options.budget, title="scaling", quiet=options.quiet
@@ -129,7 +135,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         found = record(case, "one", {name: readings[kind], "one": readings["one"]})
         found |= {key: more * found[key] for key in ("ratio", "ratio_min", "ratio_max", "cpu_ratio")}
         found |= {"efficiency": found["ratio"] / WORLD, "ratio_of": "one process", "processes": WORLD}
-        results.append(found | groups[kind].facts)
+        results.append(found | facts[kind])
     return results
 
 

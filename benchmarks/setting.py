@@ -124,6 +124,7 @@ class LibraryStep:
         self.trainer = trainer
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trainer._measured_at = trainer.state.global_step  # an accuracy that a method asks for is no part of a step
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
         n, size = len(batch["label"]), trainer.views.size

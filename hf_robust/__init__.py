@@ -58,8 +58,11 @@ _PUBLIC = {
     "save_classifier": "classifiers",
     "save_encoder": "hub",
     "split_validation": "held_out",
+    "step_memory": "memory_model",
+    "suggest_batch_size": "memory_model",
     "with_adapter": "adapters",
     "with_lora_path": "adapters",
+    "with_schedule": "attack_schedules",
     "without_lora": "adapters",
 }
 

@@ -38,9 +38,10 @@ def with_schedule(attack: PGD, name: str) -> PGD:
     attack as it is (5 steps: 16 F). In 255ths, for a ball of 8/255:
 
     - `"decay5"`: 8, 4, 4, 2, 2 (16 F): stronger at the price of the published attack;
-    - `"decay3"`: 8, 4, 2 (12 F): stronger than the published attack for three quarters of its price;
+    - `"decay3"`: 8, 4, 2 (12 F): about as strong as the published attack, on some networks stronger and on some a few
+      percent weaker, for three quarters of its price;
     - `"decay2"`: 8, 4 (10 F);
-    - `"gentle5"`: 4, 3, 2, 2, 1 (16 F) and `"gentle3"`: 6, 4, 2 (12 F): between these and the published attack;
+    - `"gentle5"`: 4, 3, 2, 2, 1 (16 F) and `"gentle3"`: 6, 4, 2 (12 F): milder forms of these;
     - `"flat3"`: 3 x 10/3 (12 F) and `"flat2"`: 2 x 5 (10 F): fewer, larger steps, as far together as the published.
 
     Better than fewer steps of the published length, which are weaker. The network meets other adversarial images

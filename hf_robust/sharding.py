@@ -200,7 +200,7 @@ class ShardedTraining(Trainer):
         result = super().train(*args, **kwargs)
         if self.sharded:
             model = self.gather_network(self.args.device)
-            self._ordinary, self.optimizer = None, None
+            self._ordinary = self.optimizer = self.lr_scheduler = None  # both would go on with the parts
             self.model = self.model_wrapped = model.train()
         return result
 

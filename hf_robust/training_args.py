@@ -173,6 +173,8 @@ class RobustTrainingArguments(TrainingArguments):
         self._refuse_what_has_no_effect()
         self._read_launcher()
         checkpointing = self._take_checkpointing()
+        if self.accelerator_config is None:  # or a GPU's host would wait at the copy of every batch
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
         self.gradient_checkpointing = checkpointing
         self._check_combinations()
@@ -227,10 +229,11 @@ class RobustTrainingArguments(TrainingArguments):
 
     def _check_combinations(self) -> None:
         """Refuse what does not go together, each with its way out."""
-        if self.shard_weights and self.fp16:
+        launched = getattr(self, "mixed_precision", "no")  # of the file of accelerate launch, where no flag says it
+        if self.shard_weights and (self.fp16 or launched == "fp16"):
             raise ValueError(
-                "shard_weights=True does not go with fp16=True, whose loss scale would differ between processes: "
-                "write --bf16 true"
+                "shard_weights=True does not go with fp16 (the flag, or mixed_precision of the launch), whose loss "
+                "scale would differ between processes: write --bf16 true"
             )
         for name in ("shard_weights", "gradient_checkpointing"):
             if getattr(self, name) and self.torch_compile:

@@ -51,6 +51,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("evaluation.autoattack_cascade", "evaluation.corruption_generator"),
         *("hub_files", "hub_folders", "demo.comparison"),
         "converters.*",  # every format
+        *("training_attack", "memory_model"),
     ),
     (
         *(

@@ -70,12 +70,12 @@ def four(tmp_path_factory):
     return [{**found, "out": out} for found in run(4, ["acl-sync", "shard-lars", *IN_FLOAT64], out)]
 
 
-def close(found: dict, expected: dict) -> None:
+def close(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
     """Equal up to float32 rounding, on the scale of each tensor."""
     assert found.keys() == expected.keys() != set()
     for name, value in expected.items():
         scale = max(1.0, float(value.abs().max()))
-        torch.testing.assert_close(found[name], value, atol=1e-5 * scale, rtol=0, msg=name)
+        torch.testing.assert_close(found[name], value, atol=tolerance * scale, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(("world", "case"), [*[("two", case) for case in EQUAL + FINETUNING], ("four", "acl-sync")])
@@ -83,7 +83,8 @@ def test_several_processes_equal_one(one, world, case, request):
     expected = one[case]
     for found in (rank[case] for rank in request.getfixturevalue(world)):
         assert float(found["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-5)
-        close(found["gradients"], expected["gradients"])
+        # TRADES divides by small class probabilities: its gradients are rounded a little more coarsely.
+        close(found["gradients"], expected["gradients"], 2e-5 if case in FINETUNING else 1e-5)
         for name, buffer in expected["buffers"].items():
             torch.testing.assert_close(found["buffers"][name], buffer, atol=1e-5, rtol=1e-5)
 

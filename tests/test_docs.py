@@ -369,7 +369,7 @@ def test_accelerate_files_are_read_by_accelerate():
     from accelerate.commands.config.config_args import load_config_from_file
 
     files = {path.stem: load_config_from_file(str(path)) for path in (ROOT / "examples" / "accelerate").glob("*.yaml")}
-    assert sorted(files) == ["multi_gpu", "two_cpu_processes"]
+    assert sorted(files) == ["fsdp2", "multi_gpu", "two_cpu_processes"]
     two = files["two_cpu_processes"]
     # with MULTI_CPU accelerate starts one process without a word
     assert (str(two.distributed_type), two.use_cpu, two.num_processes) == ("DistributedType.MULTI_GPU", True, 2)

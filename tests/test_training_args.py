@@ -148,7 +148,7 @@ def test_stock_settings_without_effect_are_refused(values, advice):
             "fsdp=True is not supported.*write --shard_weights true, or launch with examples/accelerate/f",
         ),
         ({"deepspeed": {"stage": 1}}, "DeepSpeed is not supported.*write --shard_weights true"),
-        ({"shard_weights": True, "fp16": True}, "does not go with fp16=True.*write --bf16 true"),
+        ({"shard_weights": True, "fp16": True}, "does not go with fp16.*write --bf16 true"),
         ({"shard_weights": True, "torch_compile": True}, "shard_weights=True does not go with torch_compile=True"),
         ({"gradient_checkpointing": True, "torch_compile": True}, "gradient_checkpointing=True does not go with"),
     ],
@@ -177,6 +177,12 @@ def test_settings_of_a_launch_that_are_not_followed_are_refused(name, value, mes
     check_fsdp_settings({"FSDP_VERSION": "2"})
     with pytest.raises(ValueError, match=message):
         check_fsdp_settings({"FSDP_VERSION": "2", name: value})
+
+
+def test_a_launch_in_fp16_does_not_share_weights_out(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="does not go with fp16.*write --bf16 true"):
+        arguments(shard_weights=True)
 
 
 def test_a_launch_with_deepspeed_is_refused(monkeypatch):
@@ -258,3 +264,10 @@ def test_a_missing_logger_is_named_with_the_command_that_installs_it(monkeypatch
 def test_milestones_rise(tmp_path, milestones):
     with pytest.raises(ValueError, match="lr_milestones must be rising positive epochs such as 30 60, got"):
         RobustTrainingArguments(output_dir=str(tmp_path), report_to="none", lr_milestones=milestones)
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_batches_are_copied_to_an_accelerator_without_waiting(monkeypatch, accelerator):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerator)
+    args = arguments()
+    assert args.accelerator_config.non_blocking is args.dataloader_pin_memory is accelerator

@@ -13,6 +13,7 @@ import torch
 from objectives.linear_model import Nudge
 from torch import Tensor, nn
 from training import tiny_model, tiny_trainer
+from transformers import TrainerCallback
 
 from hf_robust.attacks import PGD
 from hf_robust.checkpoints import describe_run
@@ -297,3 +298,18 @@ def test_memory_does_not_grow():
     assert tensors() <= tensors_before
     assert len(gc.get_objects()) <= objects_before + 100
     assert resident_bytes() - resident < 30e6  # one copy of a step's activations per step would be more
+
+
+def test_a_training_keeps_no_tensor_of_a_step(tmp_path):
+    """Nor do loss record, log and callbacks."""
+
+    class Living(TrainerCallback):
+        counts: list[int] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.counts.append(tensors())
+
+    trainer = tiny_trainer(tmp_path, ACL(), num_train_epochs=6, logging_steps=5, bf16=True)
+    trainer.add_callback(Living())
+    trainer.train()
+    assert len(Living.counts) == 36 and Living.counts[-1] <= Living.counts[5]  # both one step after a log entry

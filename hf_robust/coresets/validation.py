@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -74,11 +76,12 @@ class ValidationDistance:
         """
         if self._reattack or not self._adversarial:
             outputs = self._head.outputs(weights)
-            starts = self._starts()
             self._adversarial = self._exchanged(
                 {
-                    k: self._encode(self._attack_batch(x, self._features[k], outputs, starts[k]), self._attacked)
-                    for k, x in self._images.items()
+                    k: self._encode(
+                        self._attack_batch(self._images[k], self._features[k], outputs, start), self._attacked
+                    )
+                    for k, start in self._starts()
                 }
             )
         blocks = list(zip(self._features, self._adversarial, strict=True))
@@ -95,13 +98,12 @@ class ValidationDistance:
 
         return self._head.gradient(distance, weights)
 
-    def _starts(self) -> dict[int, Tensor]:
+    def _starts(self) -> Iterator[tuple[int, Tensor]]:
         """First perturbations of this process's blocks; drawn for all, so that they do not depend on its number."""
-        drawn = [
-            self._attack.first(self._pixel.expand(size, *self._pixel.shape[1:]), self._generator)
-            for size in self._sizes
-        ]
-        return {k: drawn[k] for k in self._images}
+        for k, size in enumerate(self._sizes):
+            drawn = self._attack.first(self._pixel.expand(size, *self._pixel.shape[1:]), self._generator)
+            if k in self._images:
+                yield k, drawn
 
     def _exchanged(self, found: dict[int, Tensor]) -> list[Tensor]:
         """Features of all blocks, from those of the blocks of this process."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import benchmarks.__main__ as command
-from benchmarks import bench_augmentation, bench_finetune, bench_roofline
+from benchmarks import bench_augmentation, bench_finetune, bench_roofline, bench_scaling
 from benchmarks.ceilings import Convolutions, gemm_peak
 from benchmarks.harness import Reading
 from benchmarks.report import plot, table
@@ -73,14 +73,34 @@ def test_selection_optimiser_and_evaluation():
     assert command.modules()["rcs"][1].measure(options) == []
 
 
-def test_scaling_counts_what_is_communicated():
+def test_two_processes_take_a_step_and_count_what_they_send():
+    pair = bench_scaling.Processes(command.parse([*TINY], list(command.modules())), 2, 4)
+    try:
+        found, reading = pair.ready(), pair.step()
+    finally:
+        pair.close()
+    # five losses of the attack and two of the training: both views of all 8 images, 8 values of 4 bytes each
+    assert found["gathered_bytes"] == 7 * 2 * 8 * 8 * 4 and found["images_per_process"] == 4
+    assert found["reduced_bytes"] > found["gathered_bytes"] and found["gradient_bytes"] == 22784
+    assert reading.wall > 0 and reading.cpu > 0
+
+
+def test_scaling_is_throughput_over_that_of_one_process(monkeypatch):
+    class Pretended:
+        def __init__(self, options, world, images):
+            self.images, self.seconds = world * images, images * (1.0 if world == 1 else 1.25)
+
+        ready = staticmethod(lambda: {"gathered_bytes": 1})
+        close = staticmethod(lambda: None)
+
+        def step(self):
+            return Reading(self.seconds, self.seconds)
+
+    monkeypatch.setattr(bench_scaling, "Processes", Pretended)
     results = run("--only", "scaling", "--batch_size", "8")
     assert list(results) == ["scaling/strong/2", "scaling/weak/2"]
-    for result, images in zip(results.values(), (4, 8), strict=True):
-        assert result["images_per_process"] == images and result["efficiency"] == result["ratio"] / 2 > 0
-        # five losses of the attack and two of the training: both views of all images, 8 values of 4 bytes each
-        assert result["gathered_bytes"] == 7 * 2 * (2 * images) * 8 * 4
-        assert result["reduced_bytes"] > result["gathered_bytes"] and result["gradient_bytes"] == 22784
+    assert [r["ratio"] for r in results.values()] == pytest.approx([1.6, 1.6])  # 8 s to 5 s; 8 s to 10 s of twice more
+    assert [r["efficiency"] for r in results.values()] == pytest.approx([0.8, 0.8])
 
 
 def test_augmentation_agrees_with_pil():
