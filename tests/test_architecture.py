@@ -51,7 +51,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("evaluation.autoattack_cascade", "evaluation.corruption_generator"),
         *("hub_files", "hub_folders", "demo.comparison"),
         "converters.*",  # every format
-        *("training_attack", "memory_model"),
     ),
     (
         *(
