@@ -113,7 +113,7 @@ class RobustTrainer(HubTrainer, ShardedTraining):
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_images, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.objective = objective
-        self.attack = attack if attack is not None else PGD()
+        self.attack = attack if attack is not None else objective.training_attack
         self.training_attack = TrainingAttack(
             self.accelerator,
             eval_mode=objective.attack_in_eval_mode,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_robust.attacks import LossFn, frozen
+from hf_robust.attacks import PGD, LossFn, frozen
 from hf_robust.losses import gather
 from hf_robust.multiview_losses import HardNegatives, PairRule, adversarial_anchors, inferior_positives, supcon
 from hf_robust.objectives.acl import ACL
@@ -139,6 +139,11 @@ class AInfoNCE(Objective):
     def view_options(self) -> Mapping[str, Any]:
         """Those of the host."""
         return self.base.view_options
+
+    @property
+    def training_attack(self) -> PGD:  # type: ignore[override]
+        """That of the host."""
+        return self.base.training_attack
 
     @property
     def pseudo_classes(self) -> tuple[int, ...]:

@@ -271,7 +271,8 @@ def test_what_it_remembers_survives_a_resume(tmp_path):
 def test_it_declares_what_its_host_declares(base, variant, title):
     objective = AInfoNCE(base, variant)
     assert objective.title == title
-    for name in ("views", "norm_branches", "network", "view_options", "pseudo_classes", "attack_in_eval_mode"):
+    declared = ("views", "norm_branches", "network", "view_options", "pseudo_classes", "attack_in_eval_mode")
+    for name in (*declared, "training_attack"):
         assert getattr(objective, name) == getattr(base, name), name
 
 
