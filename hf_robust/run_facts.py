@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from hf_robust.evaluation.environment import collect_environment, command_line
+from hf_robust.evaluation.environment import collect_environment, command_line, redact
 from hf_robust.evaluation.report import EncoderReport
 
 __all__ = ["dataset_title", "encoder_title", "release_report", "training_facts"]
@@ -29,8 +29,8 @@ def encoder_title(source: str) -> str:
     Args:
         source (`str`): what the user asked for.
     """
-    path = Path(source)
-    return "/".join(path.resolve().parts[-2:]) if path.exists() else source
+    path = Path(source).expanduser()
+    return "/".join(Path(redact(str(path.resolve()))).parts[-2:]) if path.exists() else source
 
 
 def training_facts(trainer: Any) -> dict[str, Any]:
