@@ -24,13 +24,12 @@ from training import tiny_images, tiny_model, tiny_rcs, tiny_trainer  # noqa: E4
 from hf_robust.attacks import PGD  # noqa: E402
 from hf_robust.finetuner import RobustFinetuner  # noqa: E402
 from hf_robust.frequencies import high_pass  # noqa: E402
+from hf_robust.objectives import load_objective  # noqa: E402
 from hf_robust.objectives.a_infonce import AInfoNCE  # noqa: E402
 from hf_robust.objectives.acl import ACL  # noqa: E402
 from hf_robust.objectives.advcl import AdvCL  # noqa: E402
 from hf_robust.objectives.aff import AFF  # noqa: E402
-from hf_robust.objectives.air import AIR  # noqa: E402
 from hf_robust.objectives.autolora import AutoLoRa  # noqa: E402
-from hf_robust.objectives.deacl import DeACL  # noqa: E402
 from hf_robust.objectives.dynacl import DynACL  # noqa: E402
 from hf_robust.objectives.fare import FARE  # noqa: E402
 from hf_robust.objectives.lora import LoRA  # noqa: E402
@@ -57,16 +56,13 @@ fixed_views = FixedViews()
 def step(case: str) -> dict[str, Any]:
     """Loss, gradients and buffers of one step."""
     name, _, mode = case.partition("-")
-    objective = {
-        "acl": ACL(),
-        "air": AIR(),
-        "dynacl": DynACL(ema_decay=0.9),
+    chosen = {
+        "dynacl-plain": DynACL(ema_decay=0.9),
         "advcl": AdvCL(clusters=[2, 3]),
-        "rocl": RoCL(),
-        "deacl": DeACL(),
         "fare": FARE(augmentation="padded_crop"),
         "ainfonce": AInfoNCE(RoCL(), "iphn", sigma_warmup=0.5),
-    }[name]
+    }
+    objective = chosen.get(case) or chosen.get(name) or load_objective(name)()
     labels = {k: torch.arange(IMAGES) % k for k in objective.pseudo_classes}
     trainer = tiny_trainer(
         out,

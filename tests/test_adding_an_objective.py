@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 _FILE = re.compile(r"^<!-- file: (\S+) -->\n```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 FILES = dict(_FILE.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
 METHOD, TEST = "hf_robust/objectives/pulled.py", "tests/objectives/test_pulled.py"
-COPIED = ("hf_robust", "pyproject.toml", "tests/conftest.py", "tests/training.py", "tests/objectives/test_contract.py")
+COPIED = ("hf_robust", "pyproject.toml", "tests/conftest.py", "tests/training.py")
+COPIED += ("tests/objectives/test_contract.py", "tests/objectives/test_contract_training.py")
 
 
 @pytest.fixture(scope="module")

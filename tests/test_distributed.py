@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 from training import tiny_images
 
+from hf_robust.flags import method_names
 from hf_robust.hub import load_encoder
 
 TESTS = Path(__file__).parent
 # objective - norm statistics: frozen, or of the whole batch in train mode (double: in float64)
 EQUAL = [f"{method}-{norms}" for norms in ("frozen", "sync") for method in ("acl", "air", "advcl", "rocl")]
-EQUAL += ["ainfonce-frozen", "deacl-frozen", "deacl-double", "fare-sync"]
+EQUAL += ["ainfonce-frozen", "deacl-double", "fare-sync"]
+EQUAL += sorted({f"{method}-frozen" for method in method_names(finetuning=False)} - set(EQUAL))  # by existing
 FINETUNING = [f"finetune-{method}-{norms}" for method in ("aff", "autolora", "lora") for norms in ("frozen", "sync")]
 SELECTIONS = ["rcs-batch", "rcs-sample"]
 SHARDED = ["shard-lars", "shard-adamw"]
