@@ -224,13 +224,14 @@ def _weighted_keys(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys with or without gradient, and the weights `(V, V)` of the terms that take them."""
     others = ~torch.eye(count, dtype=torch.bool)
-    if pairs is None:
-        yield u.detach() if detach_keys else u, others.to(u)
+    if pairs is None or detach_keys:
+        weights = others.to(u) if pairs is None else others.to(u) * pairs.weights.to(u)
+        yield u.detach() if detach_keys else u, weights
         return
-    detached = pairs.detached | detach_keys
-    for keys, chosen in ((u, others & ~detached), (u.detach(), others & detached)):
-        if bool(chosen.any()):  # on the CPU: no accelerator waits
-            yield keys, pairs.weights.to(u) * chosen.to(u)
+    # Both, whatever the rule: asking whether it has pairs of a kind would read a tensor, which has no content where
+    # the memory of a step is foreseen.
+    for keys, chosen in ((u, others & ~pairs.detached), (u.detach(), others & pairs.detached)):
+        yield keys, pairs.weights.to(u) * chosen.to(u)
 
 
 def _pair_terms(logits: Tensor, count: int, temperature: float, hard_negatives: HardNegatives | None) -> Tensor:

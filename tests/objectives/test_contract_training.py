@@ -11,6 +11,7 @@ from training import tiny_images, tiny_model, tiny_teacher, tiny_trainer
 
 from hf_robust.flags import method_names
 from hf_robust.hub import encoder_features, load_encoder
+from hf_robust.memory_model import step_memory
 from hf_robust.objectives import Objective, load_objective
 from hf_robust.pretrainer import RobustPretrainer
 
@@ -48,3 +49,7 @@ def test_without_an_attack_the_published_one_is_taken(tmp_path, objective):
         teacher=tiny_teacher(objective),
     )
     assert trainer.attack == objective.training_attack
+
+
+def test_the_memory_of_a_step_can_be_foreseen(objective):
+    assert step_memory(tiny_model(objective), objective, 8).activations > 8 * 3 * 8 * 8 * 4
