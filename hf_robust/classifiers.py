@@ -260,7 +260,8 @@ def _released_config(values: Mapping[str, Any], name: str) -> RobustPretrainingC
     if not values.get("architecture") or not cfg.get("mean") or not cfg.get("std"):
         raise ValueError(
             f"the configuration of {name!r} (model_type {values.get('model_type')!r}) does not say architecture, mean "
-            f"and std of a timm network: {_MAKE_NEW}"
+            "and std of a timm network: of CLIP and other networks of transformers take timm's form, such as "
+            f"'vit_base_patch16_clip_quickgelu_224.openai'; of one of ours, {_MAKE_NEW}"
         )
     mean, std = tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"]))
     plain = not any(mean) and all(value == 1 for value in std)

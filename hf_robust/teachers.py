@@ -78,10 +78,10 @@ def load_teacher(source: Any) -> FrozenTeacher:
 
     Args:
         source (`str`, `Path` or `nn.Module`): folder of [`~hf_robust.hub.save_encoder`]; Hub repository
-            ``"user/name"`` that `AutoModel` reads (safetensors, no code of its own) and whose output is pooled; name
-            of a timm architecture with pre-trained weights; or a network, of which a copy is taken: a
-            `RobustModelForPreTraining`, an encoder of [`~hf_robust.hub.load_encoder`], or any module that maps pixels
-            in [0, 1] to features `(N, D)`.
+            ``"user/name"`` that `AutoModel` reads (safetensors, no code of its own) and whose output is pooled (of
+            CLIP and its kin the image tower, before its projection); name of a timm architecture with pre-trained
+            weights; or a network, of which a copy is taken: a `RobustModelForPreTraining`, an encoder of
+            [`~hf_robust.hub.load_encoder`], or any module that maps pixels in [0, 1] to features `(N, D)`.
 
     Returns:
         [`FrozenTeacher`]: On the CPU.
@@ -96,7 +96,9 @@ def load_teacher(source: Any) -> FrozenTeacher:
         return FrozenTeacher(copy.deepcopy(source), type(source).__name__)
     if has_timm_weights(source):
         return FrozenTeacher(start_from(source), str(source))
-    network = load_encoder(source)
+    network: Any = load_encoder(source)
+    if hasattr(network, "get_image_features"):  # CLIP and its kin: the text tower has nothing to say
+        network = network.vision_model
     if (getattr(network.config, "pretrained_cfg", None) or {}).get("mean"):
         return FrozenTeacher(network, str(source))
     processor: Any = AutoImageProcessor.from_pretrained(str(source))  # transformers' own networks say it there

@@ -11,7 +11,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 from training import tiny_images, tiny_model, tiny_teacher, tiny_trainer
-from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from hf_robust.adapters import AdapterModel
 from hf_robust.hub import load_encoder, save_encoder
@@ -112,6 +112,21 @@ def test_an_encoder_of_transformers_is_normalised_by_its_image_processor(tmp_pat
     with torch.no_grad():
         expected = network((pixels(16) - mean) / std).pooler_output
     torch.testing.assert_close(load_teacher(tmp_path)(pixels(16)), expected, **CLOSE)
+
+
+def test_of_clip_the_image_tower_answers_and_timms_form_is_named_to_those_who_want_to_train_it(tmp_path):
+    torch.manual_seed(0)
+    tower = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sides = {"image_size": 16, "patch_size": 8}
+    words = {"vocab_size": 9, "bos_token_id": 1, "eos_token_id": 2}
+    network = CLIPModel(CLIPConfig(text_config={**tower, **words}, vision_config={**tower, **sides})).eval()
+    network.save_pretrained(tmp_path)
+    ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = network.vision_model((pixels(16) - 0.5) / 0.25).pooler_output
+    torch.testing.assert_close(load_teacher(tmp_path)(pixels(16)), expected, **CLOSE)
+    with pytest.raises(ValueError, match=r"'clip'\) does not say .* take timm's form, such as 'vit_base_patch16_clip"):
+        student_of(tmp_path, FARE())
 
 
 def test_any_module_from_pixels_to_features():
