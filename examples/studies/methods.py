@@ -21,7 +21,8 @@ nobody pays: what the methods do where an encoder is there already.
 Equal for all: images, network, batch, precision, attack budget of 8/255, fine-tuning, and the schedule: warm-up over a
 twentieth of the steps, then a cosine to 0. As published: attacks (FARE: the common one in place of 10 steps at 4/255),
 temperatures, weights, optimisers, views, heads, input normalisation. Rates go with the batch from the published ones,
-doubled, which short runs want; FARE's is ours.
+doubled, which short runs want; FARE's is ours. A-InfoNCE stands on ACL here, so that nobody needs to be paid for it;
+its published row comes from a host that has seen ImageNet.
 """
 
 from __future__ import annotations
