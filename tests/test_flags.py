@@ -11,6 +11,7 @@ import pytest
 from transformers import TrainingArguments
 
 from hf_robust import flags
+from hf_robust.attack_flags import plain_attack_flags
 from hf_robust.attacks import PGD
 from hf_robust.flags import FlagParser, as_flags, belongs_to, given, method_names, read_yaml, set_defaults, take
 from hf_robust.objectives import load_objective, objective_names
@@ -127,7 +128,7 @@ def test_methods_of_the_two_stages_are_all_methods():
 
 # ---------------------------------------------------------------------- the attack's flags
 def test_budgets_are_read_and_shown_as_fractions():
-    parser = FlagParser([("attack", PGD)], lambda key: "", prog="bake")
+    parser = FlagParser([("attack", plain_attack_flags())], lambda key: "", prog="bake")
     assert "(default: 8/255)" in parser.format_help()
     assert take(PGD, vars(parser.parse_args([]))) == PGD()
     assert parser.parse_args(["--eps", "16/255"]).eps == 16 / 255
@@ -135,7 +136,7 @@ def test_budgets_are_read_and_shown_as_fractions():
 
 
 def test_the_gaussian_start_can_be_taken_off_again(refusal):
-    parser = FlagParser([("attack", PGD)], lambda key: "", prog="bake")
+    parser = FlagParser([("attack", plain_attack_flags())], lambda key: "", prog="bake")
     parser.set_defaults(start_std=0.001)
     assert parser.parse_args([]).start_std == 0.001
     assert parser.parse_args(["--start_std", "none"]).start_std is None

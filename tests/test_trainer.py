@@ -227,15 +227,13 @@ def test_tensorboard_receives_every_term(tmp_path):
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     trainer = tiny_trainer(tmp_path, ACL(), save_strategy="steps", save_steps=1, logging_steps=100)
-    objective = trainer.objective
 
-    def poisoned(model, batch, context, call=objective):
-        terms = call(model, batch, context)
-        return {k: v * (float("nan") if trainer.state.global_step == 5 else 1.0) for k, v in terms.items()}
+    class Poisoned(ACL):
+        def __call__(self, model, batch, context):
+            terms = super().__call__(model, batch, context)
+            return {k: v * (float("nan") if trainer.state.global_step == 5 else 1.0) for k, v in terms.items()}
 
-    poisoned.views, poisoned.teacher_kind, poisoned.strength = objective.views, None, objective.strength
-    poisoned.attack_in_eval_mode = True
-    trainer.objective = poisoned
+    trainer.objective = Poisoned()
     with pytest.raises(FloatingPointError, match=r"NaN or infinite by step 6; .* checkpoint is .*-5\. Lower"):
         trainer.train()
     checkpoints.verify(tmp_path / "checkpoint-5")
