@@ -182,8 +182,8 @@ def test_autolora_weighs_its_terms_by_the_accuracy_it_asked_for(tmp_path):
     seen = []
     step_context = trainer.step_context
 
-    def note(generator):
-        context = step_context(generator)
+    def note(generator, index=None):
+        context = step_context(generator, index)
         seen.append(context.standard_accuracy)
         return context
 

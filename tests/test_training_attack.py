@@ -307,9 +307,11 @@ def test_a_training_keeps_no_tensor_of_a_step(tmp_path):
         counts: list[int] = []
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.counts.append(tensors())
+            if state.global_step in (6, 36):  # both one step after a log entry
+                self.counts.append(tensors())
 
     trainer = tiny_trainer(tmp_path, ACL(), num_train_epochs=6, logging_steps=5, bf16=True)
     trainer.add_callback(Living())
     trainer.train()
-    assert len(Living.counts) == 36 and Living.counts[-1] <= Living.counts[5]  # both one step after a log entry
+    early, late = Living.counts
+    assert late <= early
