@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.comparison import compare, wanted
+from benchmarks.comparison import compare, library_cases, wanted
 from benchmarks.harness import Action, Case
 from benchmarks.reference_finetuning import AFFStep, ALFStep, AutoLoRaStep, SLFStep
-from benchmarks.setting import batch_of, build_model, library_step, modes
+from benchmarks.setting import batch_of, build_model
 from hf_robust.adapters import with_lora_path, without_lora
 from hf_robust.models.lora import is_lora
 from hf_robust.objectives import Objective
@@ -71,16 +71,7 @@ def _cases(options: argparse.Namespace, name: str) -> list[Case]:
         step(x[:4], labels[:4])
         return lambda: step(x, labels)
 
-    def library(dtype: str, mode: str) -> Case:
-        return Case(
-            f"{name}/{dtype}/{mode}",
-            lambda: library_step(options, objective, batch, dtype=dtype, mode=mode),
-            images,
-            dtype,
-            counted=mode not in ("compiled", "graphs"),
-        )
-
     return [
         Case(f"{name}/fp32/reference", reference, images),
-        *(library(dtype, mode) for dtype in options.dtype for mode in modes(options)),
+        *library_cases(options, name, objective, batch),
     ]

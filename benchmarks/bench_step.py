@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from benchmarks.comparison import compare, wanted
+from benchmarks.comparison import compare, library_cases, wanted
 from benchmarks.harness import Action, Case
 from benchmarks.reference import ContrastiveStep, interleave
-from benchmarks.setting import LR, batch_of, build_model, library_step, modes
+from benchmarks.setting import LR, batch_of, build_model
 from hf_robust.objectives.acl import ACL
 from hf_robust.objectives.air import AIR
 
@@ -45,16 +45,7 @@ def _cases(options: argparse.Namespace, name: str) -> list[Case]:
         step(views[:8], None if originals is None else originals[:4])  # momentum exists, as on the other side
         return lambda: step(views, originals)
 
-    def library(dtype: str, mode: str) -> Case:
-        return Case(
-            f"{name}/{dtype}/{mode}",
-            lambda: library_step(options, objective, batch, dtype=dtype, mode=mode),
-            images,
-            dtype,
-            counted=mode not in ("compiled", "graphs"),
-        )
-
     return [
         Case(f"{name}/fp32/reference", reference, images),
-        *(library(dtype, mode) for dtype in options.dtype for mode in modes(options)),
+        *library_cases(options, name, objective, batch),
     ]

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.ceilings import gemm_peak
 from benchmarks.harness import Action, Budget, Case, count_flops, interleave, record, timer_for
 from benchmarks.memory import child_peak, peak_of
-from benchmarks.setting import DTYPES
+from benchmarks.setting import DTYPES, library_step, modes
+from hf_robust.objectives import Objective
 
-__all__ = ["compare", "wanted"]
+__all__ = ["compare", "library_cases", "wanted"]
 
 
 def wanted(options: argparse.Namespace, names: Sequence[str], group: str | None = None) -> list[str]:
@@ -27,6 +29,30 @@ def wanted(options: argparse.Namespace, names: Sequence[str], group: str | None 
         group (`str`, *optional*): a name for all of them together.
     """
     return [name for name in names if name in options.only or group in options.only]
+
+
+def library_cases(
+    options: argparse.Namespace, name: str, objective: Objective, batch: Mapping[str, Tensor]
+) -> list[Case]:
+    """The library's step in every precision and mode asked for.
+
+    Args:
+        options (`argparse.Namespace`): `dtype`, `mode`, and what `library_step` reads.
+        name (`str`): of the method.
+        objective ([`Objective`]): the method.
+        batch (`Mapping[str, torch.Tensor]`): of `batch_of`.
+    """
+
+    def case(dtype: str, mode: str) -> Case:
+        return Case(
+            f"{name}/{dtype}/{mode}",
+            lambda: library_step(options, objective, batch, dtype=dtype, mode=mode),
+            len(batch["label"]),
+            dtype,
+            counted=mode not in ("compiled", "graphs"),
+        )
+
+    return [case(dtype, mode) for dtype in options.dtype for mode in modes(options)]
 
 
 def compare(options: argparse.Namespace, comparisons: Mapping[str, Sequence[Case]]) -> list[dict[str, Any]]:

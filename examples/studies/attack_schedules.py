@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import load_records, mean_and_spread, work_through
+from cells import load_records, mean_and_spread, read_flags, work_through
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 
@@ -328,17 +328,7 @@ def plot(groups: dict[str, list[dict[str, Any]]], robust: str, path: Path) -> No
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="Labelled set with splits train and test.")
-    parser.add_argument("--image_column", help="Found by type when unset.")
-    parser.add_argument("--label_column", help="Found by type when unset.")
-    parser.add_argument("--output_dir", default="outputs/attack_study", help="Folder of the study.")
-    parser.add_argument("--size", choices=sorted(SIZES), default="cpu", help="How large: see above.")
-    parser.add_argument("--seeds", type=int, default=3, help="Seeds 1 to this.")
-    parser.add_argument("--only", help="Run only cells whose name contains this, e.g. decay3-seed1.")
-    parser.add_argument("--threads", type=int, default=1, help="Threads of this process.")
-    options = parser.parse_args(argv)
+    options = read_flags(__doc__, "outputs/attack_study", SIZES, "decay3-seed1", argv)
     {"run": run, "report": report}[options.command](options)
 
 

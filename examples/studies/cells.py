@@ -6,16 +6,26 @@ process is at it.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-__all__ = ["Named", "claim", "is_finished", "is_running", "load_records", "mean_and_spread", "work_through"]
+__all__ = [
+    "Named",
+    "claim",
+    "is_finished",
+    "is_running",
+    "load_records",
+    "mean_and_spread",
+    "read_flags",
+    "work_through",
+]
 
 _PAUSE = 5.0  # seconds between looks at what other processes have finished
 
@@ -130,3 +140,28 @@ def mean_and_spread(group: list[dict[str, Any]], key: str, scale: float = 1.0, d
     values = [record[key] * scale for record in group]
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def read_flags(
+    description: str | None, output_dir: str, sizes: Iterable[str], example: str, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The flags of a study that trains on a labelled set of images.
+
+    Args:
+        description (`str`): what `--help` begins with.
+        output_dir (`str`): default of the flag.
+        sizes (`Iterable[str]`): names of how large it may be; has `"cpu"`, the default.
+        example (`str`): of the name of a cell.
+        argv (`Sequence[str]`, *optional*): default: the command line.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="Labelled set with splits train and test.")
+    parser.add_argument("--image_column", help="Found by type when unset.")
+    parser.add_argument("--label_column", help="Found by type when unset.")
+    parser.add_argument("--output_dir", default=output_dir, help="Folder of the study.")
+    parser.add_argument("--size", choices=sorted(sizes), default="cpu", help="How large: see above.")
+    parser.add_argument("--seeds", type=int, default=3, help="Seeds 1 to this.")
+    parser.add_argument("--only", help=f"Run only cells whose name contains this, e.g. {example}.")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of this process.")
+    return parser.parse_args(argv)
