@@ -30,8 +30,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,7 +42,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from cells import load_records, mean_and_spread, work_through
+from cells import finished, flags, load_records, mean_and_spread, work_through
 from transformers import TrainerCallback, set_seed
 
 from hf_robust.attacks import PGD
@@ -355,6 +357,12 @@ def run(options: argparse.Namespace) -> None:
     test = load("test", max_examples=size.eval_images)
     train.name = labelled.name = test.name = Path(options.dataset_name).name  # no path of this machine in a result
     study = Study(size, folder, 60 * options.minutes, train, labelled, test)
+    for record in finished(folder):
+        if (record["budget_seconds"], record["size"]) != (study.seconds, json.loads(json.dumps(facts["size"]))):
+            sys.exit(
+                f"error: {folder} has cells of another --minutes or --size ({record['name']}: "
+                f"{record['budget_seconds'] / 60:g} minutes): give the same, or another --output_dir"
+            )
     work_through(
         cells(options.seeds),
         lambda cell: {**run_cell(cell, study), **facts},
@@ -460,17 +468,8 @@ def plot(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "report"))
-    parser.add_argument("--dataset_name", default="uoft-cs/cifar10", help="Labelled set with splits train and test.")
-    parser.add_argument("--image_column", help="Found by type when unset.")
-    parser.add_argument("--label_column", help="Found by type when unset.")
-    parser.add_argument("--output_dir", default="outputs/methods_study", help="Folder of the study.")
-    parser.add_argument("--size", choices=sorted(SIZES), default="cpu", help="How large: see above.")
+    parser = flags(__doc__, "outputs/methods_study", SIZES, "deacl-seed1", seeds=2)
     parser.add_argument("--minutes", type=float, default=6.0, help="Processor time of each pre-training.")
-    parser.add_argument("--seeds", type=int, default=2, help="Seeds 1 to this.")
-    parser.add_argument("--only", help="Run only cells whose name contains this, e.g. deacl-seed1.")
-    parser.add_argument("--threads", type=int, default=1, help="Threads of this process.")
     options = parser.parse_args(argv)
     {"run": run, "report": report}[options.command](options)
 
