@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "push": ("push", "Publish an encoder, classifier, adapter or coreset on the Hub, with its card."),
     "convert": ("convert", "Convert a published checkpoint (RobustSSL, robustness, RobustBench) to a folder."),
     "card": ("card", "Write model cards anew from their reports, or check them."),
+    "reproduce": ("reproduce", "Print or run the commands behind the published tables; collect what they gave."),
     "demo": ("demo", "Attack an image in the browser: robust and plain model side by side."),
 }
 _PRETRAIN_WANTS = ("--config", "--dataset_name", "--dataset-name", "-h", "--help")
