@@ -71,7 +71,8 @@ class Preset:
             "per_device_train_batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
             "lr_rule": "milestones",
-            "lr_milestones": [float(epoch) for epoch in self.milestones],
+            # runs of 4, 5 and 19 epochs end before the rate would fall
+            "lr_milestones": [float(epoch) for epoch in self.milestones if epoch < self.epochs] or None,
             "num_train_epochs": float(self.epochs),
             "weight_decay": self.weight_decay,
             "optimizer": "sgd",

@@ -124,24 +124,27 @@ def test_nothing_of_a_preset_reaches_the_next_one():
     first = rssl_vanilla("DynACL-AIR", "cifar10", "slf")
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.epochs = 25  # type: ignore[misc]
-    first.flags["lr_milestones"].append(99.0)
+    long = rssl_vanilla("ACL", "cifar10", "slf")
+    long.flags["lr_milestones"].append(99.0)
     first.flags["num_train_epochs"] = 1
     assert rssl_vanilla("DynACL-AIR", "cifar10", "slf") == first and first.epochs == 5
-    assert first.flags["lr_milestones"] == [10.0, 20.0] and first.flags["num_train_epochs"] == 5.0
+    assert long.flags["lr_milestones"] == [10.0, 20.0] and first.flags["num_train_epochs"] == 5.0
     assert rssl_vanilla("DynACL-AIR", "cifar10", "aff").epochs == 25
     assert rssl_vanilla("DynACL-AIR++", "cifar10", "aff").epochs == 19
 
 
 def test_the_flags_are_training_arguments_and_make_valid_ones():
     beside = {"image_size", "clean_branch", "reference_branch"}
-    for method, dataset in (("ACL", "cifar10"), ("DynACL-AIR", "stl10"), ("DeACL", "cifar100")):
+    cells = [("ACL", "cifar10"), ("DynACL-AIR", "stl10"), ("DeACL", "cifar100")]
+    for method, dataset in [*cells, ("DynACL-AIR", "cifar10"), ("DynACL-AIR++", "cifar10")]:  # the last two: short
         for mode in MODES:
             preset = rssl_vanilla(method, dataset, mode)
             settings = {key: value for key, value in preset.flags.items() if key not in beside}
             args = RobustFinetuningArguments(**settings)
             assert (args.learning_rate, args.num_train_epochs) == (preset.learning_rate, preset.epochs)
             assert (args.keep, args.validation_fraction, args.nesterov) == ("last", 0.0, False)
-            assert (args.lr_rule, args.lr_milestones) == ("milestones", list(preset.milestones))
+            falls = [epoch for epoch in preset.milestones if epoch < preset.epochs] or None
+            assert (args.lr_rule, args.lr_milestones) == ("milestones", falls)
 
 
 # ---------------------------------------------------------------------- slips

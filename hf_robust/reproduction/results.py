@@ -211,6 +211,8 @@ def _ours(found: Result, columns: Sequence[str]) -> str:
 
 
 def _gap(found: Result, columns: Sequence[str]) -> str:
+    if not found.gap:
+        return ""
     return " / ".join(f"{100 * found.gap[name]:+.2f}" if name in found.gap else "–" for name in columns)
 
 

@@ -49,7 +49,7 @@ _SMOKE: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "autolora": {"auto_lr_epochs": [1]},
         "lp_aff": {"clusters": 4, "probe_stage_epochs": 1},
-        "evaluate": {"dataset_name": "digits", "preset": "smoke", "n_examples": 8, "cpu_threads": 1},
+        "evaluate": {"dataset_name": "digits", "preset": "smoke", "n_examples": 10, "cpu_threads": 1},
     }
 )
 _EPOCHS_OF_AUTOLORA = {  # looked back at, of 50
