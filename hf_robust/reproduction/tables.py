@@ -206,7 +206,7 @@ def choose_rows(table: Table, only: Sequence[str] = ()) -> tuple[Row, ...]:
     for text in only:
         found = {row.name for row in table.rows if _fits(row.name, text.lower())}
         if not found:
-            raise ValueError(_unknown(f"row of table {table.name}", text, [row.name for row in table.rows]))
+            raise ValueError(_unknown_row(table, text))
         chosen |= found
     return tuple(row for row in table.rows if not only or row.name in chosen)
 
@@ -268,6 +268,15 @@ def _row(table: Mapping[str, Any], entry: Mapping[str, Any], mode: str) -> Row:
         learning_rate=rate,
         notes=notes,
     )
+
+
+def _unknown_row(table: Table, text: str) -> str:
+    names = [row.name for row in table.rows]
+    close = difflib.get_close_matches(text.lower(), names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    groups = dict.fromkeys(name.rpartition("/")[0] for name in names)
+    modes = dict.fromkeys(name.rpartition("/")[2] for name in names)
+    return f"unknown row {text!r} of table {table.name}: {hint}known are {', '.join(groups)}, each with /{', /'.join(modes)}"
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
