@@ -275,8 +275,8 @@ def _unknown_row(table: Table, text: str) -> str:
     close = difflib.get_close_matches(text.lower(), names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     groups = dict.fromkeys(name.rpartition("/")[0] for name in names)
-    modes = dict.fromkeys(name.rpartition("/")[2] for name in names)
-    return f"unknown row {text!r} of table {table.name}: {hint}known are {', '.join(groups)}, each with /{', /'.join(modes)}"
+    modes = ", ".join(dict.fromkeys(f"/{name.rpartition('/')[2]}" for name in names))
+    return f"unknown row {text!r} of table {table.name}: {hint}known are {', '.join(groups)}, each with {modes}"
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
