@@ -41,17 +41,24 @@ class ReproduceRun:
         table ([`Table`], *optional*): `None`: list the tables.
         rows (`tuple[Row, ...]`): chosen ones.
         plan ([`Plan`]): where and how.
-        rate ([`Rate`]): for the predicted hours.
+        given ([`Rate`]): assumed, or of a number on the command line.
         run (`bool`): run the commands.
         collect (`bool`): read the reports.
+        benchmark (`Path`, *optional*): file of the benchmarks that says the rate instead.
     """
 
     table: Table | None
     rows: tuple[Row, ...]
     plan: Plan
-    rate: Rate
+    given: Rate
     run: bool = False
     collect: bool = False
+    benchmark: Path | None = None
+
+    @property
+    def rate(self) -> Rate:
+        """For the predicted hours; raises `ValueError` or `OSError` for a file that is none of the benchmarks."""
+        return self.given if self.benchmark is None else Rate.of_benchmark(self.benchmark)
 
 
 def parse_reproduce(
@@ -87,8 +94,11 @@ def _parser(description: str | None, prog: str | None) -> ShortErrors:
     add = parser.add_argument
     add("table", nargs="?", metavar="TABLE", help=f"{', '.join(table_names())}; without one they are listed.")
     add("--only", "--rows", nargs="+", default=[], metavar="ROW", help="Rows by name, beginning or pattern.")
-    add("--run", action="store_true", help="Run the commands, then collect; the same again goes on after a stop.")
-    add("--collect", action="store_true", help="Write TABLE.md and TABLE.json from the reports that are there.")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument(
+        "--run", action="store_true", help="Run the commands, then collect; again: go on after a stop."
+    )
+    either.add_argument("--collect", action="store_true", help="Write TABLE.md and TABLE.json from finished rows.")
     add("--smoke", action="store_true", help="Every stage in seconds: 200 digits, a thin network; tests the commands.")
     add(
         "--output_dir",
@@ -126,8 +136,6 @@ def _build(options: argparse.Namespace) -> ReproduceRun:
     rate = Rate.assumed()
     if options.seconds_per_epoch is not None:
         rate = Rate.of_epoch(options.seconds_per_epoch)
-    elif options.benchmark is not None:
-        rate = Rate.of_benchmark(options.benchmark)
     if options.n_examples is not None and options.n_examples < 1:
         raise ValueError(f"n_examples must be 1 or more, got {options.n_examples}: leave it out for all images")
     plan = Plan(
@@ -141,7 +149,7 @@ def _build(options: argparse.Namespace) -> ReproduceRun:
     )
     table = load_table(options.table) if options.table is not None else None
     rows = choose_rows(table, options.only) if table else ()
-    return ReproduceRun(table, rows, plan, rate, options.run, options.collect)
+    return ReproduceRun(table, rows, plan, rate, options.run, options.collect, options.benchmark)
 
 
 def _dataset(text: str) -> tuple[str, Dataset]:

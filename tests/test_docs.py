@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -309,12 +310,38 @@ def test_nothing_is_loaded_from_elsewhere():
 
 
 # ------------------------------------------------------------------------------------------------ tables, numbers
-def flag_tables() -> Any:
-    spec = importlib.util.spec_from_file_location("flag_tables", SITE / "flag_tables.py")
+def site_script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, SITE / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def flag_tables() -> Any:
+    return site_script("flag_tables")
+
+
+def test_tables_of_reproduction_are_current():
+    tables = site_script("reproduction_tables")
+    text = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.rewritten(text) == text, "run python docs/site/reproduction_tables.py"
+    assert tables.rewritten(text.replace("| not run |", "| 99.99 |")) == text
+
+
+def test_results_of_a_reproduction_come_into_the_page(tmp_path):
+    tables = site_script("reproduction_tables")
+    entry: dict[str, Any] = {"table": "sat", "row": "rcs-0.2/aff", "metrics": {"accuracy": 0.9}, "intervals": {}}
+    entry |= {"gap": {"accuracy": 0.0046}, "n": 10, "seeds": {"a": 7}, "epochs": 100.0, "hours": 9.5}
+    entry |= {"hardware": "1 x Some GPU", "commit": "0" * 40}
+    (tmp_path / "sat.json").write_text(json.dumps([entry]))
+    page = tables.rewritten(tables.PAGE.read_text(encoding="utf-8"), tmp_path)
+    budget = "100 epochs, 9.5 h, 1 x Some GPU, commit 0000000, n = 10, seeds 7"
+    assert f"| 89.54 / 58.13; 121.9 h | 90.00 / – | +0.46 / – | {budget} |" in page
+    for wrong, message in (({"smoke": True}, "is of a smoke test"), ({"row": "rcs-2/aff"}, "is no row of sat")):
+        (tmp_path / "sat.json").write_text(json.dumps([{**entry, **wrong}]))
+        with pytest.raises(ValueError, match=message):
+            tables.rewritten("<!-- reproduction -->\n<!-- end -->", tmp_path)
 
 
 def test_tables_of_flags_are_current():

@@ -2,9 +2,9 @@
 
     python docs/site/reproduction_tables.py
 
-rewrites what stands between `<!-- reproduction -->` and `<!-- end -->`. Results are the files that `hf-robust reproduce
-TABLE --run` or `--collect` writes, copied to `docs/reproduced/TABLE.json`; rows without one say "not run". A test fails
-when the page is out of date.
+rewrites what stands between `<!-- reproduction -->` and `<!-- end -->`. Results are the files that `hf-robust
+reproduce TABLE --run` or `--collect` writes, copied to `docs/reproduced/TABLE.json`; rows without one say "not run". A
+test fails when the page is out of date.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def section(table: Table, results: dict[str, Result], rate: Rate) -> list[str]:
     """
     plan = Plan()
     hours = sum(rate.hours(stage.work) for stage in unique_stages(table.rows, plan))
-    lines = [f"### {table.title}", "", f"All rows: `hf-robust reproduce {table.name} --run`, predicted {hours:.1f} hours."]
+    lines = [
+        f"### {table.title}",
+        "",
+        f"All rows: `hf-robust reproduce {table.name} --run`, predicted {hours:.1f} hours.",
+    ]
     lines += ["", *(f"- {note}" for note in table.notes), ""]
     lines += markdown_table(table, table.rows, results, plan, rate, commands=True)
     remarks: dict[str, list[str]] = {}
@@ -62,7 +66,12 @@ def section(table: Table, results: dict[str, Result], rate: Rate) -> list[str]:
         told = [*row.notes, *(stage.note for stage in row_stages(row, plan)), *(p.note for p in row.published)]
         for text in dict.fromkeys(filter(None, told)):
             remarks.setdefault(text, []).append(f"`{row.name}`")
-    return [*lines, "", *(f"- {', '.join(rows)}: {text}" for text, rows in remarks.items()), *([""] if remarks else [])]
+    return [
+        *lines,
+        "",
+        *(f"- {', '.join(rows)}: {text}" for text, rows in remarks.items()),
+        *([""] if remarks else []),
+    ]
 
 
 def rewritten(text: str, folder: Path = RESULTS) -> str:

@@ -26,15 +26,15 @@ def list_tables(plan: Plan, rate: Rate) -> None:
     tell(f"\nPredicted hours: {rate.told}. Tables share encoders, so that all of them take less than the sum.")
 
 
-def print_commands(run: ReproduceRun, table: Table) -> None:
+def print_commands(run: ReproduceRun, table: Table, rate: Rate) -> None:
     """Rows, published figures, predicted hours, notes; then the commands, each once."""
-    tell("\n".join([table.title, "", *markdown_table(table, run.rows, {}, run.plan, run.rate, commands=False), ""]))
+    tell("\n".join([table.title, "", *markdown_table(table, run.rows, {}, run.plan, rate, commands=False), ""]))
     for note in [*table.notes, *dict.fromkeys(note for row in run.rows for note in row.notes)]:
         tell(f"# {note}")
     tell("\n# Commands, from the root of a clone. What several rows need stands with the first of them.")
     printed: set[str] = set()
     for row in run.rows:
-        encoder, rest = row_hours(row, run.plan, run.rate)
+        encoder, rest = row_hours(row, run.plan, rate)
         remarks = [stage.note for stage in row_stages(row, run.plan) if stage.note]
         remarks += [p.note for p in row.published if p.note]
         tell(f"\n# {row.name}: predicted {encoder:.2g} hours for the encoder, {rest:.2g} for the rest")
@@ -44,14 +44,14 @@ def print_commands(run: ReproduceRun, table: Table) -> None:
             if stage.name not in printed:
                 tell(stage.shell)
             printed.add(stage.name)
-    total = sum(run.rate.hours(stage.work) for stage in unique_stages(run.rows, run.plan))
-    tell(f"\n# {len(printed)} commands, predicted {total:.1f} hours ({run.rate.told}).")
+    total = sum(rate.hours(stage.work) for stage in unique_stages(run.rows, run.plan))
+    tell(f"\n# {len(printed)} commands, predicted {total:.1f} hours ({rate.told}).")
     tell("# --run runs them and goes on where it was stopped; --smoke --run tries them on the digits first.")
 
 
-def collect(run: ReproduceRun, table: Table) -> None:
+def collect(run: ReproduceRun, table: Table, rate: Rate) -> None:
     """Print and write what is there."""
-    lines, results = collected_table(table, run.rows, run.plan, run.rate)
+    lines, results = collected_table(table, run.rows, run.plan, rate)
     files = write_collection(table, lines, results, run.plan.output_dir)
     tell("\n" + "\n".join(lines))
     tell(f"\n{len(results)} of {len(run.rows)} rows; {', '.join(map(str, files))}")
@@ -66,13 +66,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, descript
         description (`str`, *optional*): first lines of `--help`.
     """
     run = parse_reproduce(argv, prog=prog, description=description)
+    rate = run.rate
     if run.table is None:
-        return list_tables(run.plan, run.rate)
-    failed = run_rows(run.rows, run.plan, run.rate, tell) if run.run else {}
-    if run.run or run.collect:
-        collect(run, run.table)
-    else:
-        print_commands(run, run.table)
+        return list_tables(run.plan, rate)
+    failed = run_rows(run.rows, run.plan, rate, tell) if run.run else {}
+    (collect if run.run or run.collect else print_commands)(run, run.table, rate)
     if failed:
         sys.exit(f"error: {len(failed)} stages failed or wait for one that did: {', '.join(failed)}")
 
