@@ -49,8 +49,12 @@ class ImageArguments:
         default="digits", metadata={"help": "Hub id, folder of parquet/arrow/images, or the embedded digits."}
     )
     split: str = field(default="train", metadata={"help": "Split to train on."})
-    image_column: None | str = field(default=None, metadata={"help": "Image column; found by type when unset."})
-    label_column: None | str = field(default=None, metadata={"help": "Label column; found by type when unset."})
+    image_column: None | str = field(
+        default=None, metadata={"help": "Image column; found by type when unset or empty."}
+    )
+    label_column: None | str = field(
+        default=None, metadata={"help": "Label column; found by type when unset or empty."}
+    )
     max_examples: None | int = field(default=None, metadata={"help": "Train on a (stratified) subset of this size."})
     on_error: Literal["raise", "skip"] = field(
         default="raise", metadata={"help": "Corrupt images: raise (naming the row) or skip (and count)."}

@@ -116,10 +116,10 @@ def _unknown_source(name: str, reason: str, error: Exception | None = None) -> N
 
 
 def find_image_column(features: Mapping[str, Any], requested: str | None, name: str) -> str:
-    """Return the column of images: the one asked for, else the one whose type or usual name says so."""
+    """Return the column of images: the one asked for, else (unset or empty) the one whose type or usual name says so."""
     import datasets
 
-    if requested is not None:
+    if requested:
         kind = features[_existing(requested, features, "image_column", name)]
         if not (isinstance(kind, datasets.Image) or _is_struct(kind) or _dtype(kind) in ("string", "binary")):
             raise ValueError(
@@ -142,7 +142,7 @@ def find_label_column(features: Mapping[str, Any], requested: str | None, name: 
     """Return the column of labels by the same rules; `None` when there is none."""
     import datasets
 
-    if requested is not None:
+    if requested:
         if requested == "none" and requested not in features:
             return None
         return _existing(requested, features, "label_column", name)

@@ -247,6 +247,12 @@ def test_several_image_columns():
     assert torch.equal(load_image_dataset(ambiguous, image_column="mask").images[0], pixels(picture(50)))
 
 
+def test_an_empty_name_is_none():
+    source = with_columns(fine_label=(LABELS, CLASSES))
+    loaded, plain = load_image_dataset(source, image_column="", label_column=""), load_image_dataset(source)
+    assert torch.equal(loaded.images, plain.images) and torch.equal(loaded.labels, plain.labels)
+
+
 def test_wrong_column_names_give_close_matches():
     source = with_columns(fine_label=(LABELS, CLASSES))
     with pytest.raises(ValueError, match="no image_column 'imgs'.*did you mean 'img'"):

@@ -205,6 +205,8 @@ def _pretraining(network: Network, plan: Plan) -> Stage:
     flags: dict[str, Any] = {"config": str(CONFIGS / network.config)} if network.config else {}
     flags |= dict(network.flags)
     if network.dataset in plan.data or not network.config:
+        published = load_dataset(network.dataset)  # whose columns stand in the file
+        flags |= {"image_column": "", "label_column": ""} if published.image_column else {}
         flags |= _where(dataset)
     flags |= {"eval_split": ""} if network.dataset == "imagenet32" else {}  # a probe of 1,000 classes and a million
     flags |= plan.trains_in

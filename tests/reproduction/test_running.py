@@ -110,6 +110,14 @@ def test_a_stage_that_leaves_nothing_has_failed(stand, plan):
     assert failed["encoders/acl_cifar10"] == "ended without writing encoder/config.json, report.json"
 
 
+def test_a_stage_that_failed_after_writing_its_files_is_not_finished(stand, plan):
+    stand.programs["encoders/acl_cifar10"] = f"{WRITE}\nsys.exit(1)"
+    run(rows_of("acl/slf"), plan)
+    stand.ran.clear()
+    stand.programs.clear()
+    assert run(rows_of("acl/slf"), plan)[0] == {} and stand.ran[0] == "encoders/acl_cifar10"
+
+
 def test_files_without_an_entry_count_when_their_report_names_this_command(stand, plan):
     (stage, *_) = row_stages(rows_of("acl/slf")[0], plan)
     told = shlex.join(["python", "-m", "x", "pretrain", *stage.words, "--resume_from_checkpoint", "true"])
@@ -221,6 +229,7 @@ def test_a_row_is_run_killed_gone_on_with_and_collected(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM and not training.is_running()
+    assert not Path(stages[0].folder, "report.json").exists()  # ended, not waited for
     state = json.loads((folder / "state" / "encoders--standard_imagenet32.json").read_text())
     assert (state["status"], state["starts"]) == ("stopped", 1) and state["seconds"] > 0
     assert not is_finished(stages[0], plan) and collect_row(row, plan) is None

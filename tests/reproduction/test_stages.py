@@ -200,7 +200,18 @@ def test_the_users_data_sets_and_flags():
     for run in runs:
         assert (run.data.dataset_name, run.data.image_column, run.data.label_column) == ("my/images", "image", "cls")
     assert runs[0].training.num_train_epochs == 200 and not runs[0].training.bf16
+    assert (
+        parsed(stages_of("cifar10", "acl/slf", dataclasses.replace(plan, smoke=True))[0]).training.num_train_epochs
+        == 200
+    )
     assert runs[1].training.seed == 5 and runs[2].settings.n_examples == 1000
+
+
+def test_columns_of_a_data_set_of_ones_own_are_found_by_type():
+    mine = dataclasses.replace(load_dataset("cifar10"), name="my/images", image_column=None, label_column=None)
+    for stage in stages_of("cifar10", "acl/slf", Plan(data={"cifar10": mine})):
+        data = parsed(stage).data
+        assert (data.dataset_name, data.image_column or None, data.label_column or None) == ("my/images", None, None)
 
 
 def test_hours_follow_the_flags():
