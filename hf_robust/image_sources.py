@@ -116,7 +116,7 @@ def _unknown_source(name: str, reason: str, error: Exception | None = None) -> N
 
 
 def find_image_column(features: Mapping[str, Any], requested: str | None, name: str) -> str:
-    """Return the column of images: the one asked for, else (unset or empty) the one whose type or usual name says so."""
+    """Return the column of images: the one asked for (unset or empty: none), else the one that type or name tells."""
     import datasets
 
     if requested:
