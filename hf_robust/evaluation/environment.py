@@ -105,6 +105,9 @@ def _program(program: str) -> list[str]:
     path = Path(program)
     if path.name == "__main__.py":
         return ["python", "-m", path.parent.name]
+    package = Path(hf_robust.__file__).parent
+    if path.is_relative_to(package):  # started by python -m, or by a launcher
+        return ["python", "-m", ".".join([package.name, *path.relative_to(package).with_suffix("").parts])]
     if path.is_absolute():
         path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else Path(path.name)
     return ["python", str(path)] if path.suffix == ".py" else [str(path)]

@@ -49,6 +49,7 @@ def test_what_is_no_secret_stays_as_typed() -> None:
     [
         ("/opt/venv/bin/hf-robust", "hf-robust"),
         ("/opt/venv/site-packages/hf_robust/__main__.py", "python -m hf_robust"),
+        (str(Path(hf_robust.__file__).parent / "runs" / "card.py"), "python -m hf_robust.runs.card"),
         (str(Path.cwd() / "examples" / "pretrain.py"), "python examples/pretrain.py"),
         ("/elsewhere/secret-project/train.py", "python train.py"),
     ],
