@@ -23,7 +23,7 @@ from hf_robust.reproduction.hours import (
 )
 from hf_robust.reproduction.tables import Dataset, Network, Row, load_dataset, load_network
 
-__all__ = ["LastCheckpoint", "Plan", "Stage", "row_stages", "unique_stages"]
+__all__ = ["LastCheckpoint", "Plan", "Stage", "flags_by_name", "row_stages", "unique_stages"]
 
 CONFIGS = Path("examples", "configs")
 _ARCHITECTURES = {"imagenet32": ("wide_resnet28_10", 32), "stl10": ("resnet18_stl", 96)}
@@ -74,7 +74,7 @@ class LastCheckpoint:
     @property
     def shell(self) -> str:
         """For a shell."""
-        return f'"$(ls -td {shlex.quote(self.folder)}/checkpoint-* | head -n 1)"'
+        return f'"$(ls -d {shlex.quote(self.folder)}/checkpoint-* | sort -V | tail -n 1)"'
 
 
 Word = str | LastCheckpoint
@@ -335,17 +335,32 @@ def _words(flags: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _settings(words: Sequence[Word]) -> dict[str, Any]:
-    """The flags of a command by name, over those of its configuration file."""
-    found: dict[str, Any] = {}
+def flags_by_name(words: Sequence[Word]) -> dict[str, list[str]]:
+    """Group the words of a command.
+
+    Args:
+        words (`Sequence`): `--name value ...` or `--name=value`; what comes before the first flag is left out.
+
+    Returns:
+        `dict[str, list[str]]`: values by name; of a flag that comes twice, those of the last.
+    """
+    found: dict[str, list[str]] = {}
+    name = ""
     for word in words:
         if isinstance(word, str) and word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             found[name := key.replace("-", "_")] = [value] if equals else []
-        elif found:
+        elif name:
             found[name].append(str(word))
+    return found
+
+
+def _settings(words: Sequence[Word]) -> dict[str, Any]:
+    """The flags of a command by name, over those of its configuration file."""
+    found = flags_by_name(words)
+    file = found.pop("config", None)
     flat = {key: value[0] if len(value) == 1 else value or "true" for key, value in found.items()}
-    return {**(_config(flat.pop("config")) if "config" in flat else {}), **flat}
+    return {**(_config(file[0]) if file else {}), **flat}
 
 
 @cache

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +17,13 @@ import psutil
 import pytest
 
 from hf_robust.checkpoints import latest_complete, write_manifest
+from hf_robust.evaluation.environment import redact
 from hf_robust.reproduction import running
 from hf_robust.reproduction.hours import Rate
 from hf_robust.reproduction.results import collect_row
 from hf_robust.reproduction.running import command_of, is_finished, run_rows
 from hf_robust.reproduction.stages import Plan, Stage, row_stages, unique_stages
-from hf_robust.reproduction.tables import choose_rows, load_table
+from hf_robust.reproduction.tables import choose_rows, load_dataset, load_table
 
 ROOT = Path(__file__).parents[2]
 WRITE = """
@@ -127,8 +130,23 @@ def test_files_without_an_entry_count_when_their_report_names_this_command(stand
         file.write_text(json.dumps({"command": told}))
     assert is_finished(stage, plan)
     Path(stage.folder, "report.json").write_text(json.dumps({"command": told.replace("true", "false")}))
-    with pytest.raises(ValueError, match="holds a run of other flags than this one would have: give another"):
+    with pytest.raises(
+        ValueError, match=r"holds a run of other flags .*\(--bf16 false, now true; .*\): give the flags"
+    ):
         is_finished(stage, plan)
+    Path(stage.folder, "report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read '.*report.json' \(.*\): it is damaged, remove it"):
+        is_finished(stage, plan)
+
+
+def test_a_command_run_by_hand_in_a_home_folder_counts(stand, plan, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # reports do not tell it
+    (stage, *_) = row_stages(rows_of("acl/slf")[0], plan)
+    for name in stage.makes:
+        file = Path(stage.folder, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"command": redact(shlex.join(["hf-robust", "pretrain", *stage.words]))}))
+    assert "~/out" in Path(stage.folder, "report.json").read_text() and is_finished(stage, plan)
 
 
 def test_a_folder_with_the_run_of_other_flags_is_refused_before_anything_runs(stand, plan):
@@ -140,6 +158,31 @@ def test_a_folder_with_the_run_of_other_flags_is_refused_before_anything_runs(st
     with pytest.raises(ValueError, match="other flags"):
         run(rows_of("acl/slf"), Plan(output_dir=plan.output_dir, smoke=True))
     assert stand.ran == []
+    with pytest.raises(ValueError, match=r"\(--num_train_epochs unset, now 10\): give the flags of that run again"):
+        run(rows_of("acl/slf"), other)
+
+
+def test_the_output_folder_may_be_moved(stand, plan, tmp_path):
+    run(rows_of("acl/slf"), plan)
+    stand.ran.clear()
+    Path(plan.output_dir).rename(tmp_path / "elsewhere")
+    assert run(rows_of("acl/slf"), Plan(output_dir=str(tmp_path / "elsewhere")))[0] == {} and stand.ran == []
+
+
+def test_what_was_made_from_an_earlier_encoder_is_not_taken_for_that_of_a_new_one(stand, plan):
+    rows = rows_of("acl/slf")
+    run(rows, plan)
+    encoder, tuned, _ = row_stages(rows[0], plan)
+    shutil.rmtree(encoder.folder)
+    stand.ran.clear()
+    failed, told = run(rows, plan)
+    assert stand.ran == [encoder.name]
+    assert f"{tuned.name}: left out, '{tuned.folder}' was made from an earlier run of {encoder.name}: remove" in told
+    assert set(failed) == {tuned.name, f"{tuned.name}/evaluation"}
+    with pytest.raises(ValueError, match="was made from an earlier run of encoders/acl_cifar10"):
+        collect_row(rows[0], plan)
+    shutil.rmtree(tuned.folder)
+    assert run(rows, plan)[0] == {}
 
 
 def test_flags_that_failed_at_once_may_be_corrected(stand, plan):
@@ -158,6 +201,42 @@ def test_a_stage_that_is_running_elsewhere_is_left_alone(stand, plan):
         run(rows_of("acl/slf"), plan)
     running._write_state(stage, plan, {**state, "created": 1.0})  # its number was given to another process
     assert run(rows_of("acl/slf"), plan)[0] == {}
+
+
+def test_a_stage_that_another_process_has_taken_meanwhile_is_left_alone(stand, plan):
+    first, second, _ = row_stages(rows_of("acl/slf")[0], plan)
+    me = psutil.Process()
+    state = {"arguments": [], "status": "running", "pid": me.pid, "created": me.create_time()}
+    file = running._state_file(second.name, plan)
+    stand.programs[first.name] = f"{WRITE}\npathlib.Path({str(file)!r}).write_text({json.dumps(state)!r})"
+    failed, told = run(rows_of("acl/slf", "acl/alf"), plan)
+    assert set(failed) == {second.name, f"{second.name}/evaluation"} and second.name not in stand.ran
+    assert f"left out, {second.name} is running as process {me.pid}" in told
+    assert "row acl/alf was not" not in told
+
+
+def test_a_damaged_entry_and_a_folder_that_cannot_be_written_to_are_named(stand, plan, tmp_path):
+    (stage, *_) = row_stages(rows_of("acl/slf")[0], plan)
+    file = running._state_file(stage.name, plan)
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    with pytest.raises(
+        ValueError, match=r"cannot read '.*encoders--acl_cifar10.json' \(.*\): it is damaged, remove it"
+    ):
+        run(rows_of("acl/slf"), plan)
+    with pytest.raises(ValueError, match="cannot write to '.*json' .*: give another --output_dir"):
+        run(rows_of("acl/slf"), Plan(output_dir=str(file)))
+    assert stand.ran == []
+
+
+def test_a_data_set_that_is_not_there_is_missed_before_anything_runs(stand, plan, tmp_path):
+    data = {"stl10": dataclasses.replace(load_dataset("stl10"), name=str(tmp_path / "stl10"))}
+    row = choose_rows(load_table("transfer"), ["cifar10-stl10/acl/slf"])
+    plan = dataclasses.replace(plan, data=data)
+    with pytest.raises(ValueError, match="no data set at '.*stl10': correct --data"):
+        run_rows(row, plan, Rate.assumed())
+    (tmp_path / "stl10").mkdir()
+    assert stand.ran == [] and run_rows(row, plan, Rate.assumed()) == {}
 
 
 def test_data_sets_that_nobody_named_are_asked_for_before_anything_runs(stand, plan):
@@ -225,10 +304,11 @@ def test_a_row_is_run_killed_gone_on_with_and_collected(tmp_path):
             time.sleep(0.05)
         (training,) = children(process)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        told = process.communicate(timeout=60)[0]
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM and not training.is_running()
+    assert "stopped. What was finished is kept" in told
     assert not Path(stages[0].folder, "report.json").exists()  # ended, not waited for
     state = json.loads((folder / "state" / "encoders--standard_imagenet32.json").read_text())
     assert (state["status"], state["starts"]) == ("stopped", 1) and state["seconds"] > 0

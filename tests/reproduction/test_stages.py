@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -108,10 +109,18 @@ def test_the_check_of_commands_can_fail(capsys):
 @pytest.mark.parametrize("row", ["dynacl-air++/aff", "dynacl/slf"])
 def test_a_shell_reads_the_printed_command_as_it_is_run(row):
     for stage in stages_of("cifar10", row):
-        text = re.sub(r'"\$\(ls -td (\S+)/checkpoint-\* \| head -n 1\)"', r"'\1/checkpoint-*'", stage.shell)
+        text = re.sub(r'"\$\(ls -d (\S+)/checkpoint-\* \| sort -V \| tail -n 1\)"', r"'\1/checkpoint-*'", stage.shell)
         text = text.replace("\\\n", "")
         assert shlex.split(text) == ["hf-robust", stage.command, *stage.words]
         assert all(len(line) <= 119 for line in stage.shell.splitlines())
+
+
+def test_a_shell_finds_the_last_checkpoint(tmp_path):
+    for name in ("checkpoint-98000", "checkpoint-970", "checkpoint-9"):  # the last in time is not the last in number
+        (tmp_path / "a folder" / name).mkdir(parents=True)
+    command = f"printf %s {LastCheckpoint(str(tmp_path / 'a folder')).shell}"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert found == str(tmp_path / "a folder" / "checkpoint-98000")
 
 
 # ---------------------------------------------------------------------- what follows what
