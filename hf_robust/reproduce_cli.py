@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_robust.evaluation.environment import REDACTED, command_line, holds_secret
 from hf_robust.flags import ShortErrors
 from hf_robust.reproduction.hours import Rate
 from hf_robust.reproduction.stages import Plan
@@ -93,7 +95,7 @@ def _parser(description: str | None, prog: str | None) -> ShortErrors:
     )
     add = parser.add_argument
     add("table", nargs="?", metavar="TABLE", help=f"{', '.join(table_names())}; without one they are listed.")
-    add("--only", "--rows", nargs="+", default=[], metavar="ROW", help="Rows by name, beginning or pattern.")
+    add("--only", nargs="+", default=[], metavar="ROW", help="Rows by name, beginning or pattern.")
     either = parser.add_mutually_exclusive_group()
     either.add_argument(
         "--run", action="store_true", help="Run the commands, then collect; again: go on after a stop."
@@ -139,7 +141,7 @@ def _build(options: argparse.Namespace) -> ReproduceRun:
     if options.n_examples is not None and options.n_examples < 1:
         raise ValueError(f"n_examples must be 1 or more, got {options.n_examples}: leave it out for all images")
     plan = Plan(
-        output_dir=options.output_dir or (f"{_FOLDER}_smoke" if options.smoke else _FOLDER),
+        output_dir=os.path.normpath(options.output_dir or (f"{_FOLDER}_smoke" if options.smoke else _FOLDER)),
         data=dict(_dataset(text) for text in options.data),
         precision=options.precision,
         smoke=options.smoke,
@@ -160,6 +162,9 @@ def _dataset(text: str) -> tuple[str, Dataset]:
     if len(columns) != 2:
         path, columns = where, []
     image, label = columns or (None, None)
+    if holds_secret(where):
+        raise ValueError(f"--data of {key} holds a login, which reports and state/ would keep: log in beforehand")
+    path = os.path.expanduser(path)
     return key, dataclasses.replace(load_dataset(key), name=path, image_column=image, label_column=label)
 
 
@@ -168,6 +173,11 @@ def _flags(name: str, text: str) -> tuple[str, ...]:
         words = tuple(shlex.split(text))
     except ValueError as error:
         raise ValueError(f"cannot read --{name} {text!r}: {error}; check the quotes") from None
+    if REDACTED in command_line(["hf-robust", *words]):
+        raise ValueError(
+            f"--{name} holds an access token or password, which state/ would keep: leave it out, and log in by "
+            "HF_TOKEN or hf auth login"
+        )
     own = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
     taken = sorted(own & {"config", "output_dir", "dataset_name", "encoder", "mode", "resume_from_checkpoint"})
     if taken:

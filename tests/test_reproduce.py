@@ -39,6 +39,14 @@ def test_a_row_is_printed_with_its_commands(capsys):
     assert "# 4 commands, predicted 2.5 hours (assumed, not measured" in text
 
 
+def test_what_the_user_has_to_fill_in_is_said(capsys):
+    assert "# path/to/stl10, also where a configuration says so, is for you" in said(
+        capsys, "stl10", "--only", "acl/slf"
+    )
+    told = said(capsys, "stl10", "--only", "acl/slf", "--data", "stl10=my/stl10")
+    assert "path/to" not in told and "--dataset_name my/stl10" in told
+
+
 def test_what_rows_share_is_printed_once(capsys):
     text = said(capsys, "cifar10", "--only", "acl")
     commands = [line.split()[1] for line in text.splitlines() if line.startswith("hf-robust ")]

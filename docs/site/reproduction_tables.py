@@ -9,13 +9,12 @@ test fails when the page is out of date.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
 
 from hf_robust.reproduction.hours import Rate
-from hf_robust.reproduction.results import Result, markdown_table
+from hf_robust.reproduction.results import Result, markdown_table, read_collection
 from hf_robust.reproduction.stages import Plan, row_stages, unique_stages
 from hf_robust.reproduction.tables import Table, load_table, table_names
 
@@ -34,14 +33,13 @@ def load_results(folder: Path, table: Table) -> dict[str, Result]:
     Raises:
         ValueError: for a smoke test, whose figures mean nothing, or a row that the table does not have.
     """
-    file = folder / f"{table.name}.json"
-    found = [Result(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
-    known = {row.name for row in table.rows}
-    for result in found:
-        if result.smoke or result.row not in known:
-            what = "is of a smoke test" if result.smoke else f"is no row of {table.name}"
-            raise ValueError(f"{result.row!r} in {file.name} {what}: copy the file of a full run there")
-    return {result.row: result for result in found}
+    found = read_collection(folder, table)
+    for result in found.values():
+        if result.smoke:
+            raise ValueError(
+                f"{result.row!r} in {table.name}.json is of a smoke test: copy the file of a full run there"
+            )
+    return found
 
 
 def section(table: Table, results: dict[str, Result], rate: Rate) -> list[str]:

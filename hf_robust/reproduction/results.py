@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_robust.evaluation.report import write_text
 from hf_robust.reproduction.hours import Rate
 from hf_robust.reproduction.running import is_finished
 from hf_robust.reproduction.stages import Plan, Stage, row_stages
 from hf_robust.reproduction.tables import Row, Table
 
-__all__ = ["Result", "collect_row", "collected_table", "markdown_table", "row_hours", "write_collection"]
+__all__ = [
+    "Result",
+    "collect_row",
+    "collected_table",
+    "markdown_table",
+    "read_collection",
+    "row_hours",
+    "write_collection",
+]
 
 NOT_RUN = "not run"
 _HEADINGS = {
@@ -90,7 +99,7 @@ def collect_row(row: Row, plan: Plan) -> Result | None:
         seeds={name: (report.get("training") or report)["seed"] for name, report in reports.items()},
         epochs=float(first["training"]["epochs"]),
         hours=seconds / 3600,
-        hardware=_all(_machine(report.get("hardware") or {}) for report in reports.values()),
+        hardware=_all(map(_machine, reports.values())),
         commit=_all(report.get("commit") for report in reports.values()),
         commands=[report["command"] for report in reports.values()],
         date=last.get("date"),
@@ -140,21 +149,56 @@ def markdown_table(
     return lines
 
 
-def collected_table(table: Table, rows: Sequence[Row], plan: Plan, rate: Rate) -> tuple[list[str], list[Result]]:
+def collected_table(
+    table: Table, rows: Sequence[Row], plan: Plan, rate: Rate, broken: Collection[str] = ()
+) -> tuple[list[str], list[Result]]:
     """Lines for people, and the results behind them.
+
+    Rows that were collected into the output folder before, and are not asked for now, stay.
 
     Args:
         table ([`Table`]): of the rows.
-        rows (`Sequence[Row]`): in order.
+        rows (`Sequence[Row]`): to be collected.
         plan ([`Plan`]): where they were run.
         rate ([`Rate`]): of the predicted hours.
+        broken (`Collection[str]`): rows that have just failed: not looked at.
     """
-    found = {row.name: result for row in rows if (result := collect_row(row, plan)) is not None}
-    lines = [f"## {table.title}", "", *markdown_table(table, rows, found, plan, rate, commands=False), ""]
+    asked = {row.name for row in rows}
+    before = read_collection(plan.output_dir, table)
+    found = {name: result for name, result in before.items() if name not in asked and result.smoke == plan.smoke}
+    looked_at = [row for row in rows if row.name not in broken]
+    found |= {row.name: result for row in looked_at if (result := collect_row(row, plan)) is not None}
+    shown = [row for row in table.rows if row.name in asked or row.name in found]
+    lines = [f"## {table.title}", "", *markdown_table(table, shown, found, plan, rate, commands=False), ""]
     lines += [f"Predicted hours (encoder + fine-tuning and evaluation): {rate.told}."]
     if plan.smoke:
         lines += ["", "A smoke test on a few digits: it shows that the commands work, its figures mean nothing."]
-    return lines, list(found.values())
+    return lines, [found[row.name] for row in shown if row.name in found]
+
+
+def read_collection(folder: str | Path, table: Table) -> dict[str, Result]:
+    """Read what [`write_collection`] has written.
+
+    Args:
+        folder (`str` or `Path`): holds `TABLE.json`, or not.
+        table ([`Table`]): the table.
+
+    Returns:
+        `dict[str, Result]`: by row.
+
+    Raises:
+        ValueError: for another file, or a row that the table does not have.
+    """
+    file = Path(folder, f"{table.name}.json")
+    try:
+        found = [Result(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} is not a file of results ({error}): remove it, and collect again") from None
+    known = {row.name for row in table.rows}
+    for result in found:
+        if result.row not in known:
+            raise ValueError(f"{result.row!r} in {str(file)!r} is no row of {table.name}: remove the entry")
+    return {result.row: result for result in found}
 
 
 def write_collection(table: Table, lines: Sequence[str], results: Sequence[Result], folder: str | Path) -> list[Path]:
@@ -169,21 +213,22 @@ def write_collection(table: Table, lines: Sequence[str], results: Sequence[Resul
     Returns:
         `list[Path]`: `TABLE.md` and `TABLE.json`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text, data = folder / f"{table.name}.md", folder / f"{table.name}.json"
-    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    data.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n", encoding="utf-8")
-    return [text, data]
+    data = json.dumps([asdict(result) for result in results], indent=1)
+    return [
+        write_text(Path(folder, f"{table.name}.md"), "\n".join(lines) + "\n"),
+        write_text(Path(folder, f"{table.name}.json"), data + "\n"),
+    ]
 
 
 def _report(stage: Stage) -> dict[str, Any]:
     return json.loads(Path(stage.folder, "report.json").read_text(encoding="utf-8"))
 
 
-def _machine(hardware: Mapping[str, Any]) -> str | None:
+def _machine(report: Mapping[str, Any]) -> str | None:
+    """What a stage ran on: as many GPUs as it had processes, not as many as the machine has."""
+    hardware = report.get("hardware") or {}
     if "gpu" in hardware:
-        return f"{hardware.get('gpus', 1)} x {hardware['gpu']}"
+        return f"{report.get('training', {}).get('processes', 1)} x {hardware['gpu']}"
     return f"{hardware.get('cores', '?')} cores, {hardware['cpu']}" if "cpu" in hardware else None
 
 
@@ -196,12 +241,10 @@ def _percent(values: Mapping[str, float], columns: Sequence[str]) -> str:
 
 
 def _published(row: Row) -> str:
-    if not row.published:
-        return "no numbers"
     several = len(row.published) > 1
     cells = [_percent(p.metrics, row.columns) + (f" ({p.origin})" if several else "") for p in row.published]
     hours = f"; {row.published_hours:g} h" if row.published_hours else ""
-    return ", ".join(cells) + hours
+    return (", ".join(cells) or "no numbers") + hours
 
 
 def _ours(found: Result, columns: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from hf_robust.reproduce_cli import ReproduceRun, parse_reproduce
 from hf_robust.reproduction.hours import Rate
@@ -32,6 +32,10 @@ def print_commands(run: ReproduceRun, table: Table, rate: Rate) -> None:
     for note in [*table.notes, *dict.fromkeys(note for row in run.rows for note in row.notes)]:
         tell(f"# {note}")
     tell("\n# Commands, from the root of a clone. What several rows need stands with the first of them.")
+    stages = unique_stages(run.rows, run.plan)
+    names = {str(stage.settings["dataset_name"]) for stage in stages}
+    for name in sorted(name.removeprefix("path/to/") for name in names if name.startswith("path/to/")):
+        tell(f"# path/to/{name}, also where a configuration says so, is for you to fill in: --data {name}=PATH does.")
     printed: set[str] = set()
     for row in run.rows:
         encoder, rest = row_hours(row, run.plan, rate)
@@ -44,17 +48,19 @@ def print_commands(run: ReproduceRun, table: Table, rate: Rate) -> None:
             if stage.name not in printed:
                 tell(stage.shell)
             printed.add(stage.name)
-    total = sum(rate.hours(stage.work) for stage in unique_stages(run.rows, run.plan))
+    total = sum(rate.hours(stage.work) for stage in stages)
     tell(f"\n# {len(printed)} commands, predicted {total:.1f} hours ({rate.told}).")
     tell("# --run runs them and goes on where it was stopped; --smoke --run tries them on the digits first.")
 
 
-def collect(run: ReproduceRun, table: Table, rate: Rate) -> None:
-    """Print and write what is there."""
-    lines, results = collected_table(table, run.rows, run.plan, rate)
+def collect(run: ReproduceRun, table: Table, rate: Rate, failed: Collection[str]) -> None:
+    """Print and write what is there, rows of failed stages left out."""
+    broken = {row.name for row in run.rows if any(stage.name in failed for stage in row_stages(row, run.plan))}
+    lines, results = collected_table(table, run.rows, run.plan, rate, broken)
     files = write_collection(table, lines, results, run.plan.output_dir)
     tell("\n" + "\n".join(lines))
-    tell(f"\n{len(results)} of {len(run.rows)} rows; {', '.join(map(str, files))}")
+    done = {result.row for result in results} & {row.name for row in run.rows}
+    tell(f"\n{len(done)} of {len(run.rows)} rows; {', '.join(map(str, files))}")
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None) -> None:
@@ -70,7 +76,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str | None = None, descript
     if run.table is None:
         return list_tables(run.plan, rate)
     failed = run_rows(run.rows, run.plan, rate, tell) if run.run else {}
-    (collect if run.run or run.collect else print_commands)(run, run.table, rate)
+    if run.run or run.collect:
+        collect(run, run.table, rate, failed)
+    else:
+        print_commands(run, run.table, rate)
     if failed:
         sys.exit(f"error: {len(failed)} stages failed or wait for one that did: {', '.join(failed)}")
 

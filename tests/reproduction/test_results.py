@@ -9,13 +9,20 @@ from pathlib import Path
 import pytest
 
 from hf_robust.reproduction.hours import Rate
-from hf_robust.reproduction.results import collect_row, collected_table, markdown_table, row_hours, write_collection
+from hf_robust.reproduction.results import (
+    collect_row,
+    collected_table,
+    markdown_table,
+    read_collection,
+    row_hours,
+    write_collection,
+)
 from hf_robust.reproduction.stages import Plan, row_stages
 from hf_robust.reproduction.tables import choose_rows, load_table
 
 ROOT = Path(__file__).parents[2]
 AUTOATTACK = "autoattack_linf_8_255_accuracy"
-GPU = {"gpu": "Some GPU", "gpus": 1, "cpu": "Some CPU", "cores": 16}
+GPU = {"gpu": "Some GPU", "gpus": 8, "cpu": "Some CPU", "cores": 16}  # seven of which had nothing to do
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -103,6 +110,34 @@ def test_lines_of_the_table(tmp_path):
     assert entry["row"] == "acl/slf" and entry["commit"] == f"{COMMIT}-dirty" and len(entry["commands"]) == 3
 
 
+def test_rows_collected_before_stay_beside_those_asked_for(tmp_path):
+    plan, table, rate = Plan(output_dir=str(tmp_path)), load_table("cifar10"), Rate.assumed()
+    for name in ("dynacl/slf", "acl/slf"):
+        finish(row_of(name), plan)
+        lines, results = collected_table(table, [row_of(name)], plan, rate)
+        write_collection(table, lines, results, tmp_path)
+    assert [result.row for result in results] == ["acl/slf", "dynacl/slf"] and "| `dynacl/slf` | 75.41" in "\n".join(
+        lines
+    )
+    _, results = collected_table(table, [row_of("acl/slf")], plan, rate, broken=["acl/slf"])
+    assert [result.row for result in results] == ["dynacl/slf"]
+    _, results = collected_table(table, [], Plan(output_dir=str(tmp_path), smoke=True), rate)
+    assert results == []  # a smoke test does not take in real results
+    (tmp_path / "cifar10.json").write_text('[{"row": 1}]')
+    with pytest.raises(ValueError, match="is not a file of results .*: remove it, and collect again"):
+        read_collection(tmp_path, table)
+
+
+def test_several_processes_are_that_many_gpus(tmp_path):
+    plan, row = Plan(output_dir=str(tmp_path)), row_of()
+    finish(row, plan)
+    file = Path(row_stages(row, plan)[0].folder, "report.json")
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps({**report, "training": {**report["training"], "processes": 4}}))
+    found = collect_row(row, plan)
+    assert found and found.hardware == "4 x Some GPU, 1 x Some GPU"
+
+
 def test_rows_without_numbers_and_with_two_origins_and_hours():
     plan, rate = Plan(), Rate.assumed()
 
@@ -110,6 +145,7 @@ def test_rows_without_numbers_and_with_two_origins_and_hours():
         return markdown_table(load_table(table), [row_of(name, table)], {}, plan, rate, commands=True)[-1]
 
     assert "| no numbers | not run |" in line("rcs", "acl-rcs-0.1/slf")
+    assert "| no numbers; 650.2 h | not run |" in line("imagenet32-cifar10", "acl-entire/slf")
     assert "| 52.45 / 28.52 (talk), 52.41 / 29.17 (leaderboard) |" in line("transfer", "cifar10-stl10/dynacl/slf")
     assert "| 79.72 / 44.44; 68.6 h |" in line("sat", "rcs-0.05/alf")
     assert line("sat", "rcs-0.05/alf").endswith("| `hf-robust reproduce sat --only rcs-0.05/alf --run` |")
