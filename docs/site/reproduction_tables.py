@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from hf_robust.reproduction.hours import Rate
-from hf_robust.reproduction.results import Result, markdown_table, read_collection
+from hf_robust.reproduction.results import Result, markdown_table, read_collection, run_command
 from hf_robust.reproduction.stages import Plan, row_stages, unique_stages
 from hf_robust.reproduction.tables import Table, load_table, table_names
 
@@ -55,7 +55,7 @@ def section(table: Table, results: dict[str, Result], rate: Rate) -> list[str]:
     lines = [
         f"### {table.title}",
         "",
-        f"All rows: `hf-robust reproduce {table.name} --run`, predicted {hours:.1f} hours.",
+        f"All rows: `{run_command(table)}`, predicted {hours:.1f} hours.",
     ]
     lines += ["", *(f"- {note}" for note in table.notes), ""]
     lines += markdown_table(table, table.rows, results, plan, rate, commands=True)

@@ -12,7 +12,7 @@ from hf_robust.evaluation.report import write_text
 from hf_robust.reproduction.hours import Rate
 from hf_robust.reproduction.running import is_finished
 from hf_robust.reproduction.stages import Plan, Stage, row_stages
-from hf_robust.reproduction.tables import Row, Table
+from hf_robust.reproduction.tables import Row, Table, load_dataset
 
 __all__ = [
     "Result",
@@ -21,6 +21,7 @@ __all__ = [
     "markdown_table",
     "read_collection",
     "row_hours",
+    "run_command",
     "write_collection",
 ]
 
@@ -122,6 +123,20 @@ def row_hours(row: Row, plan: Plan, rate: Rate) -> tuple[float, float]:
     return sum(hours[:-2]), sum(hours[-2:])
 
 
+def run_command(table: Table, row: Row | None = None) -> str:
+    """The command that reproduces a row, or the whole table; `PATH` is for the user to fill in.
+
+    Args:
+        table ([`Table`]): the table.
+        row ([`Row`], *optional*): one of its rows; default: all.
+    """
+    rows = table.rows if row is None else (row,)
+    keys = dict.fromkeys(key for each in rows for key in (each.network.dataset, each.target))
+    places = [f"{key}=PATH" for key in keys if load_dataset(key).is_missing]
+    only, data = [f"--only {row.name}"] if row else [], ["--data", *places] if places else []
+    return " ".join(["hf-robust reproduce", table.name, *only, "--run", *data])
+
+
 def markdown_table(
     table: Table, rows: Sequence[Row], results: Mapping[str, Result], plan: Plan, rate: Rate, *, commands: bool
 ) -> list[str]:
@@ -144,7 +159,7 @@ def markdown_table(
         cells = [f"`{row.name}`", _published(row), NOT_RUN, "", "", f"{_short(encoder)} + {_short(rest)}"]
         if found is not None:
             cells[2:5] = [_ours(found, table.columns), _gap(found, table.columns), _budget(found)]
-        cells += [f"`hf-robust reproduce {table.name} --only {row.name} --run`"] if commands else []
+        cells += [f"`{run_command(table, row)}`"] if commands else []
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -52,6 +52,11 @@ class Dataset:
     image_column: str | None = None
     label_column: str | None = None
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the user has to say where it is, because no data set of the Hub is named."""
+        return self.name.startswith("path/to/")
+
 
 @dataclass(frozen=True)
 class Network:

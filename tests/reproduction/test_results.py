@@ -15,6 +15,7 @@ from hf_robust.reproduction.results import (
     markdown_table,
     read_collection,
     row_hours,
+    run_command,
     write_collection,
 )
 from hf_robust.reproduction.stages import Plan, row_stages
@@ -97,7 +98,7 @@ def test_lines_of_the_table(tmp_path):
     rows = choose_rows(table, ["acl/slf", "acl/alf"])
     finish(rows[0], plan, commit=f"{COMMIT}-dirty")
     lines, results = collected_table(table, rows, plan, Rate.assumed())
-    assert lines[0] == "## CIFAR-10, pre-trained and fine-tuned there" and len(results) == 1
+    assert lines[0] == "## CIFAR-10, pre-trained and fine-tuned there (RobustSSL leaderboard)" and len(results) == 1
     assert lines[4] == (
         "| `acl/slf` | 78.22 / 39.17 | 75.00 / 40.00 [39.0, 41.0] | -3.22 / +0.83 | 1000 epochs, 2.1 h, 1 x Some GPU, "
         "commit 0123456-dirty, n = 10000, seeds 1, 0 | 2.1 + 0.10 |"
@@ -148,7 +149,9 @@ def test_rows_without_numbers_and_with_two_origins_and_hours():
     assert "| no numbers; 650.2 h | not run |" in line("imagenet32-cifar10", "acl-entire/slf")
     assert "| 52.45 / 28.52 (talk), 52.41 / 29.17 (leaderboard) |" in line("transfer", "cifar10-stl10/dynacl/slf")
     assert "| 79.72 / 44.44; 68.6 h |" in line("sat", "rcs-0.05/alf")
-    assert line("sat", "rcs-0.05/alf").endswith("| `hf-robust reproduce sat --only rcs-0.05/alf --run` |")
+    assert line("rcs", "acl-entire/alf").endswith("| `hf-robust reproduce rcs --only acl-entire/alf --run` |")
+    assert line("sat", "rcs-0.05/alf").endswith("--only rcs-0.05/alf --run --data imagenet32=PATH` |")
+    assert run_command(load_table("transfer")) == "hf-robust reproduce transfer --run --data stl10=PATH"
 
 
 def test_hours_of_a_row_that_is_run_alone():
