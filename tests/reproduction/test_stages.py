@@ -50,6 +50,7 @@ def test_every_command_parses(table, capsys):
         assert folder == stage.folder
         if stage.command == "pretrain":
             check_pretraining(stage, run)
+            check_name(stage, run)
         if stage.command == "finetune":
             check_finetuning(stage, run)
 
@@ -68,6 +69,21 @@ def check_pretraining(stage: Stage, run: PretrainRun) -> None:
     for name, default in (("fraction", None), ("warmup_epochs", None), ("interval", None), ("attack_steps", None)):
         if told.get("coreset", "full") != "full" and f"coreset_{name}" in told and hasattr(run.coreset, name):
             assert float(told[f"coreset_{name}"]) == getattr(run.coreset, name), (stage.name, name, default)
+
+
+def check_name(stage: Stage, run: PretrainRun) -> None:
+    """What the name of a network says is what is trained."""
+    name = stage.name.removeprefix("encoders/")
+    kind = next((word for word in ("rcs", "random") if f"_{word}_" in name), "full")
+    assert type(run.coreset).__name__ == {"rcs": "RCS", "random": "RandomCoreset", "full": "FullData"}[kind], name
+    if kind != "full":
+        told = re.search(r"_(0\.\d+)_", name)
+        assert run.coreset.fraction == (float(told[1]) if told else 0.2), name
+    assert getattr(run.coreset, "refresh", False) is False, name  # Random: one fixed subset
+    epochs, batch, rate = (100, 256, 0.1) if name.startswith(("sat", "standard")) else (1000, 512, 5.0)
+    epochs, rate = (200, 0.6) if "imagenet32" in name and batch == 512 else (epochs, rate)
+    found = run.training
+    assert (found.num_train_epochs, found.per_device_train_batch_size, found.learning_rate) == (epochs, batch, rate)
 
 
 def check_finetuning(stage: Stage, run) -> None:
@@ -97,6 +113,34 @@ def test_every_smoke_command_parses(table, rows, capsys):
         assert run.data.dataset_name == "digits" and "path/to" not in " ".join(stage.words)
         if stage.command == "pretrain":
             assert run.training.num_train_epochs == 2 and not run.training.bf16
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "batch", "rate"),
+    [
+        ("imagenet32-cifar10", "acl-rcs-0.05/slf", 64, 0.01),  # transfer.py of the released code
+        ("imagenet32-cifar100", "acl-rcs-0.05/alf", 128, 0.01),  # adv_tune.py
+        ("imagenet32-cifar10", "acl-rcs-0.05/aff", 128, 0.1),
+        ("imagenet32-cifar100", "acl-rcs-0.05/aff", 128, 0.1),
+        ("sat", "rcs-0.1/alf", 128, 0.01),
+        ("sat", "rcs-0.1/aff", 128, 0.01),  # run.sh; 0.1 in the blog post
+    ],
+)
+def test_the_protocol_of_the_imagenet_tables(table, row, batch, rate):
+    run = parsed(stages_of(table, row)[1]).training
+    assert (run.per_device_train_batch_size, run.learning_rate, run.num_train_epochs) == (batch, rate, 30)
+    assert (run.weight_decay, run.momentum, run.nesterov) == (5e-4, 0.9, True)
+    assert (run.lr_rule, run.min_learning_rate, run.validation_fraction, run.keep) == ("cosine", 1e-6, 0, "last")
+
+
+@pytest.mark.parametrize(("mode", "objective"), [("slf", "SLF"), ("alf", "ALF"), ("aff", "AutoLoRa")])
+def test_the_protocol_of_autolora(mode, objective):
+    run = parsed(stages_of("autolora", f"cifar100-stl10/dynacl/{mode}")[1])
+    training, linear = run.training, list(range(4, 50, 4))
+    assert type(run.objective).__name__ == objective and run.data.image_size == 32
+    assert training.auto_lr_epochs == (linear if mode != "aff" else [16, 24, 28, 36, 40, 42, 44, 46, 48])
+    assert (training.per_device_train_batch_size, training.learning_rate, training.num_train_epochs) == (128, 0.1, 50)
+    assert (training.weight_decay, training.momentum, training.validation_fraction) == (2e-4, 0.9, 0.05)
 
 
 def test_the_check_of_commands_can_fail(capsys):

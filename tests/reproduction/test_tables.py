@@ -45,6 +45,25 @@ def test_figures_as_printed(table, row, expected):
     assert figures(table, row) == expected
 
 
+# Sums over the rows of the talk's tables, added up from another transcription: a slip in any figure moves one.
+SUMS = {
+    "transfer": {"slf": (794.72, 336.14), "alf": (761.70, 383.27), "aff": (1014.76, 538.92)},
+    "autolora": {"slf": (210.00, 107.37), "alf": (212.28, 116.95), "aff": (245.62, 134.21)},
+    "imagenet32-cifar10": {"slf": (223.13, 38.35), "alf": (133.51, 68.27), "aff": (256.61, 152.04)},
+    "imagenet32-cifar100": {"slf": (136.15, 25.06), "alf": (70.91, 26.88), "aff": (181.21, 78.81)},
+    "sat": {"alf": (559.93, 302.41), "aff": (699.45, 449.22)},
+}
+
+
+@pytest.mark.parametrize("table", SUMS)
+def test_every_figure_of_the_talk(table):
+    rows = load_table(table).rows
+    for mode, sums in SUMS[table].items():
+        metrics = [p.metrics for row in rows if row.mode == mode for p in row.published if p.origin == "talk"]
+        found = tuple(round(100 * sum(values[name] for values in metrics), 2) for name in load_table(table).columns)
+        assert found == sums, (table, mode)
+
+
 def test_the_boards_are_read_and_not_copied():
     tables = {table["name"]: table for table in json.loads(DATA.read_text())["tables"]}
     for name in ("cifar10", "cifar100", "stl10"):
