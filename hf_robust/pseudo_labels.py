@@ -59,6 +59,13 @@ class PseudoLabels:
     _table: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for clusters, values in self.labels.items():
+            kind = torch.as_tensor(values).dtype
+            if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+                raise ValueError(
+                    f"labels of {clusters} clusters must be integers, got {kind}: a column of probabilities or "
+                    "features is not a column of labels"
+                )
         self.labels = {int(k): torch.as_tensor(v).long().cpu() for k, v in sorted(self.labels.items())}
         lengths = {len(v) for v in self.labels.values()}
         if len(lengths) != 1 or any(v.dim() != 1 for v in self.labels.values()):

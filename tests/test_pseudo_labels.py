@@ -98,10 +98,17 @@ def test_labels_of_another_training_are_refused():
         given().chosen((2,), IMAGES + 1)
     assert list(given().chosen((3,), IMAGES).labels) == [3]
     with pytest.raises(ValueError, match=r"one integer per image .*\[\(3,\), \(4,\)\]"):
-        PseudoLabels({2: torch.zeros(3), 3: torch.zeros(4)})
+        PseudoLabels({2: torch.zeros(3, dtype=torch.int32), 3: torch.zeros(4, dtype=torch.int32)})
 
 
 # ---------------------------------------------------------------------- what suits a training
+def test_labels_that_are_no_integers_are_refused(tmp_path):
+    file = tmp_path / "labels.json"
+    file.write_text('{"3": [0.2, 1.9, 2.0]}')
+    with pytest.raises(ValueError, match=r"holds no pseudo-labels .*3 clusters must be integers, got torch.float32"):
+        PseudoLabels.load(file)
+
+
 def test_more_clusters_than_images_are_refused_with_those_that_fit(tmp_path):
     with pytest.raises(ValueError, match=r"AdvCL learns 500 clusters, more than the 24 .*'tiny': .*--clusters 2 10$"):
         check_fit(AdvCL(), tiny_model(AdvCL()), tiny_images(IMAGES))

@@ -54,6 +54,14 @@ def test_another_backbone_than_the_teachers_is_refused(teacher):
     begin_at_teacher(parsed("--objective", "fare", "--teacher", teacher, "--backbone", "resnet10_cifar"))
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("normalize", "false"), ("projector_layers", "2"), ("projector_dim", "4")]
+)
+def test_what_the_teacher_decides_is_not_silently_ignored(teacher, flag, value):
+    with pytest.raises(ValueError, match=rf"--{flag} .*, and DeACL takes the network .*leave --{flag} out, or give"):
+        begin_at_teacher(parsed("--objective", "deacl", "--teacher", teacher, f"--{flag}", value))
+
+
 def test_a_transformer_may_be_called_by_the_name_it_was_trained_under(tmp_path):
     teacher = str(save_encoder(tiny_model(SimCLR(), **tiny_vit()), tmp_path / "encoder", branch="clean"))
     flags = ["--objective", "fare", "--teacher", teacher, "--backbone"]

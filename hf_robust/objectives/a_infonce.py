@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hf_robust.attacks import PGD, LossFn, frozen
 from hf_robust.losses import gather
@@ -247,6 +248,8 @@ class AInfoNCE(Objective):
         with frozen(module), torch.no_grad():
             features, attacked = (module.features(images, self.clean_branch).float() for images in (x, x_adv))
             distances = gather(F.pairwise_distance(features, attacked)[:, None])
+        if isinstance(distances, FakeTensor):  # memory is foreseen, nothing computed: there is no number to ask for
+            return self.sigma
         distance, memory = float(distances.mean()), context.memory
         if context.progress < self.sigma_warmup:
             memory["distance_sum"] = memory.get("distance_sum", 0.0) + distance * len(distances)

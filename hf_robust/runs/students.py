@@ -24,18 +24,28 @@ def begin_at_teacher(run: PretrainRun) -> tuple[PretrainRun, RobustModelForPreTr
         methods that start from scratch.
 
     Raises:
-        ValueError: for a `--backbone` other than the teacher's.
+        ValueError: for a `--backbone` other than the teacher's, or flags about a normalisation or a head that the
+            teacher brings with it.
     """
     if not run.objective.starts_from_teacher or run.model.teacher is None:
         return run, None
+    for name in ("normalize", "projector_layers", "projector_dim", "projector_norms", "projector_norm_branches"):
+        if (value := getattr(run.model, name)) is not None:
+            raise ValueError(
+                f"--{name} {value}, and {run.objective.title} takes the network of its teacher as it is: leave "
+                f"--{name} out{_scratch(run)}"
+            )
     student = student_of(run.model.teacher, run.objective, run.data.image_size)
     found, asked = student.config.architecture, run.model.backbone
     left = native_architecture(asked, None)  # under which name it leaves, and comes back
     if asked not in (found, ModelArguments.backbone) and (left is None or left[0] != found):
-        scratch = ", or give --student_scratch true" if hasattr(run.objective, "student_scratch") else ""
         raise ValueError(
             f"--backbone {asked}, and {run.objective.title} starts from its teacher, which is a {found}: leave "
-            f"--backbone out{scratch}"
+            f"--backbone out{_scratch(run)}"
         )
     network = dataclasses.replace(run.model, backbone=found, model_args=json.dumps(student.config.model_args))
     return dataclasses.replace(run, model=network), student
+
+
+def _scratch(run: PretrainRun) -> str:
+    return ", or give --student_scratch true" if hasattr(run.objective, "student_scratch") else ""
