@@ -9,7 +9,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -152,12 +152,15 @@ def test_methods_of_a_fraction_choose_equally_many_images_from_one_pool():
 
 def test_run_goes_on_where_it_stopped_and_report_tells_what_was_found(tmp_path, capsys):
     flags = ["--size", "smoke", "--seeds", "1", "--dataset_name", "digits", "--output_dir", str(tmp_path)]
-    study.main(["run", *flags, "--only", "sat-rcs"])
+    study.main(["run", *flags, "--only", "sat-rcs", "--probe_every", "1"])
     (path,) = (tmp_path / "cells").glob("*.json")
     record = json.loads(path.read_text())
     assert record["method"] == "rcs" and record["objective"] == "sat"
     assert 0 < record["selection_cpu_seconds"] < record["cpu_seconds"]
     assert record["environment"] and record["size"]["epochs"] == 2
+    curve = record["curve"]
+    assert [point["epoch"] for point in curve] == [1, 2] and {"standard_accuracy", "seconds"} <= set(curve[0])
+    assert 0 < curve[0]["cpu_seconds"] < curve[1]["cpu_seconds"] <= record["cpu_seconds"]
     written = path.stat().st_mtime_ns
     study.main(["run", *flags, "--only", "sat-rcs"])
     assert path.stat().st_mtime_ns == written
@@ -166,6 +169,19 @@ def test_run_goes_on_where_it_stopped_and_report_tells_what_was_found(tmp_path, 
     text = capsys.readouterr().out
     assert f"| SAT | rcs | 0.1 | 46 | 1 | {100 * record['standard_accuracy']:.1f} |" in text
     assert (tmp_path / "time_against_accuracy_sat.png").stat().st_size > 10_000
+    assert (tmp_path / "learning_curves_sat.png").stat().st_size > 10_000
+
+
+def test_the_time_of_a_probe_is_not_counted(monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(study.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(study.time, "process_time", lambda: 0.0)
+    trainer = study.Timed.__new__(study.Timed)
+    trainer.started, trainer.cpu_started, trainer.curve = 0.0, 0.0, []
+    trainer.state, trainer.args = SimpleNamespace(log_history=[]), SimpleNamespace(probe_every=0.0)
+    assert trainer.clocks["seconds"] == 0
+    trainer.end_epoch(0.0, 1.0)  # looks at the clock at 10 and at 20: ten seconds of probing
+    assert trainer.clocks["seconds"] == 30 - 10
 
 
 def test_a_report_of_nothing_is_an_error(tmp_path):

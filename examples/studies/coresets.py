@@ -5,7 +5,9 @@
 
 `run` works through a list of cells (method, fraction, seed), seed by seed, and writes one JSON file per finished cell:
 start it again after a kill and it goes on; start it in a second terminal and both share the list (one core each).
-`report` prints the table (mean and standard deviation over seeds) and draws time against accuracy.
+`report` prints the table (mean and standard deviation over seeds) and draws time against accuracy. With
+`--probe_every 1` every run is probed after each epoch (2,000 training and 1,000 test images; the time of a probe is
+not counted), and `report` draws learning curves over time, too. For one method only: `--only acl-full-`.
 
 --size cpu (default): 8,192 images, a thin ResNet-10, 12 epochs: about 2.5 hours of processor time, half on two cores.
 --size published: the whole CIFAR-10 training set, ResNet-18, 1000 epochs, for GPUs.
@@ -26,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import flags, load_records, mean_and_spread, work_through
+from cells import flags, work_through
+from coresets_report import report
 from transformers import set_seed
 
 from hf_robust.attacks import PGD
@@ -118,14 +121,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rcs_cheap": {"attack_steps": 1, "reattack": False},
     "rcs_val10": {"validation_fraction": 0.1},
 }
-# name in the picture, colour, place of the fraction beside its point
-PLOTTED = {
-    "full": ("full data", "black", (6, 6)),
-    "full_short": ("full data, fewer epochs", "tab:green", (6, 6)),
-    "random_fixed": ("Random, fixed", "tab:gray", (-12, 10)),
-    "random_refresh": ("Random, refreshed", "tab:blue", (-26, -12)),
-    "rcs": ("RCS", "tab:red", (6, -12)),
-}
 
 
 @dataclass(frozen=True)
@@ -173,17 +168,40 @@ def cells(seeds: int) -> Iterator[Cell]:
 
 
 class Timed(RobustPretrainer):
-    """Counts processor time of selections apart."""
+    """Counts processor time of selections apart, stops the clocks during a probe, and keeps what the probes found."""
 
     selection_cpu_seconds = 0.0
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, with a curve of accuracies over time."""
+        self.curve: list[dict[str, float]] = []
+        self.started, self.cpu_started = time.monotonic(), time.process_time()
+        return super().train(*args, **kwargs)
+
+    @property
+    def clocks(self) -> dict[str, float]:
+        """Seconds since the start of the training, without probes."""
+        return {"seconds": time.monotonic() - self.started, "cpu_seconds": time.process_time() - self.cpu_started}
 
     def _select_coreset(self, round: int) -> None:
         started = time.process_time()
         super()._select_coreset(round)
         self.selection_cpu_seconds += time.process_time() - started
 
+    def end_epoch(self, before: float, epoch: float) -> None:
+        """Probe with the clocks stopped."""
+        reached, entries = self.clocks, len(self.state.log_history)
+        super().end_epoch(before, epoch)
+        for entry in self.state.log_history[entries:]:
+            found = {k.removeprefix("probe_"): v for k, v in entry.items() if k.startswith("probe_")}
+            self.curve.append({"epoch": epoch, **reached, **found})
+        spent = {name: value - reached[name] for name, value in self.clocks.items()}
+        self.started, self.cpu_started = self.started + spent["seconds"], self.cpu_started + spent["cpu_seconds"]
 
-def build(cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDataset, folder: Path) -> Timed:
+
+def build(
+    cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDataset, folder: Path, probe_every: float = 0.0
+) -> Timed:
     """The trainer of a cell."""
     objective: Objective = load_objective(cell.objective)()
     supervised = objective.needs_labels
@@ -206,6 +224,9 @@ def build(cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDataset,
         warmup_epochs=0 if supervised else size.lr_warmup_epochs,
         bf16=size.bf16,
         channels_last=True,
+        probe_every=probe_every,
+        probe_examples=2000,
+        probe_eval_examples=1000,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -222,14 +243,15 @@ def build(cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDataset,
     )
 
 
-def run_cell(cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDataset, folder: Path) -> dict[str, Any]:
+def run_cell(
+    cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDataset, folder: Path, probe_every: float = 0.0
+) -> dict[str, Any]:
     """Train, probe and say what it took."""
     work = folder / "runs" / cell.name
     shutil.rmtree(work, ignore_errors=True)
-    trainer = build(cell, size, train, evaluation, work)
-    started, cpu = time.monotonic(), time.process_time()
+    trainer = build(cell, size, train, evaluation, work, probe_every)
     trainer.train()
-    seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+    taken = trainer.clocks
     probe = trainer.probe(n_eval=min(size.eval_images, len(evaluation)), progress=False)
     overlaps = [e["coreset_overlap"] for e in trainer.state.log_history if "coreset_overlap" in e]
     return {
@@ -239,11 +261,11 @@ def run_cell(cell: Cell, size: Size, train: ImageDataset, evaluation: ImageDatas
         "coreset": repr(trainer.phases.method),
         "images_per_round": trainer.phases.rounds.length,
         "steps": trainer.state.global_step,
-        "seconds": seconds,
+        **taken,
         "selection_seconds": trainer.selection_seconds,
-        "cpu_seconds": cpu,
         "selection_cpu_seconds": trainer.selection_cpu_seconds,
         "overlap": statistics.mean(overlaps) if overlaps else None,
+        "curve": trainer.curve,
     }
 
 
@@ -258,84 +280,17 @@ def run(options: argparse.Namespace) -> None:
     train.name = evaluation.name = Path(options.dataset_name).name  # no path of this machine in a result
     work_through(
         cells(options.seeds),
-        lambda cell: {**run_cell(cell, size, train, evaluation, folder), **facts},
+        lambda cell: {**run_cell(cell, size, train, evaluation, folder, options.probe_every), **facts},
         folder,
         only=options.only,
     )
 
 
-def load_cells(folder: Path) -> dict[tuple[str, str, float], list[dict[str, Any]]]:
-    """Finished cells, grouped over seeds."""
-    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
-    for record in load_records(folder):
-        groups.setdefault((record["objective"], record["method"], record["fraction"]), []).append(record)
-    return groups
-
-
-def split(group: list[dict[str, Any]], clock: str) -> tuple[float, float]:
-    """Mean seconds of training and of selection, by the wall or by the processor (`"cpu_"`)."""
-    selection = statistics.mean(r[f"selection_{clock}seconds"] for r in group)
-    return statistics.mean(r[f"{clock}seconds"] for r in group) - selection, selection
-
-
-def report(options: argparse.Namespace) -> None:
-    """Print the table and draw the picture."""
-    folder = Path(options.output_dir)
-    groups = load_cells(folder)
-    robust = next(k for k in next(iter(groups.values()))[0] if k.startswith("pgd20_"))
-    print(
-        "| trains | method | share | images per epoch | seeds | standard, % | PGD-20, % "
-        "| wall s: training + selection | CPU s: training + selection | speed-up |"
-    )
-    print("| --- " * 10 + "|")
-    for (objective, method, fraction), group in sorted(groups.items()):
-        wall, cpu = split(group, ""), split(group, "cpu_")
-        full = groups.get((objective, "full", 1.0))
-        speed = f"{sum(split(full, 'cpu_')) / sum(cpu):.2f} x" if full else ""
-        print(
-            f"| {objective.upper()} | {method} | {fraction:g} | {group[0]['images_per_round']} | {len(group)} "
-            f"| {mean_and_spread(group, 'standard_accuracy', 100)} | {mean_and_spread(group, robust, 100)} "
-            f"| {wall[0]:.0f} + {wall[1]:.0f} | {cpu[0]:.0f} + {cpu[1]:.0f} | {speed} |"
-        )
-    for objective in sorted({key[0] for key in groups}):
-        path = folder / f"time_against_accuracy_{objective}.png"
-        plot({k[1:]: g for k, g in groups.items() if k[0] == objective}, robust, objective.upper(), path)
-        print(f"Picture: {path}")
-
-
-def plot(groups: dict[tuple[str, float], list[dict[str, Any]]], robust: str, title: str, path: Path) -> None:
-    """Time of the training against accuracy, one line per method, one point per fraction."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    labels = {robust: "PGD-20 accuracy of the linear probe, %", "standard_accuracy": "standard accuracy, %"}
-    for axis, (key, label) in zip(axes, labels.items(), strict=True):
-        for method, (name, color, offset) in PLOTTED.items():
-            points = sorted((fraction, group) for (m, fraction), group in groups.items() if m == method)
-            if not points:
-                continue
-            x = [statistics.mean(r["cpu_seconds"] for r in g) for _, g in points]
-            y = [100 * statistics.mean(r[key] for r in g) for _, g in points]
-            spread = [100 * statistics.stdev(r[key] for r in g) if len(g) > 1 else 0.0 for _, g in points]
-            axis.errorbar(x, y, spread, marker="o", capsize=3, label=name, color=color)
-            for (fraction, _), a, b in zip(points, x, y, strict=True):
-                axis.annotate(f"{fraction:g}", (a, b), textcoords="offset points", xytext=offset, fontsize=8)
-        axis.set_xlabel("training and selection, processor seconds")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    seeds = max(len(g) for g in groups.values())
-    figure.suptitle(f"{title}: time against accuracy; mean and standard deviation over {seeds} seeds")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Read the flags."""
-    options = flags(__doc__, "outputs/coreset_study", SIZES, "acl-rcs-0.1").parse_args(argv)
+    parser = flags(__doc__, "outputs/coreset_study", SIZES, "acl-rcs-0.1")
+    parser.add_argument("--probe_every", type=float, default=0.0, help="Epochs between probes; 0: only at the end.")
+    options = parser.parse_args(argv)
     {"run": run, "report": report}[options.command](options)
 
 
