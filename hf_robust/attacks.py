@@ -18,7 +18,13 @@ from torch import Tensor, nn
 __all__ = ["PGD", "LossFn", "frozen", "parse_budget"]
 
 LossFn = Callable[[Tensor], Tensor]
-_OPTIONS = ("start_std", "step_sizes", "min_gain", "replay")  # shown where they are not at their defaults
+_OPTIONS = (
+    "start_std",
+    "clip_start",
+    "step_sizes",
+    "min_gain",
+    "replay",
+)  # shown unless at their defaults
 
 
 def parse_budget(value: str | float) -> float:
@@ -86,6 +92,8 @@ class PGD:
         random_start (`bool`, defaults to `True`): start uniformly inside the ball rather than at the image.
         start_std (`float`, *optional*): start at Gaussian noise of this standard deviation around the image instead,
             in pixels of [0, 1], clipped neither to the ball nor to the image range; TRADES takes 0.001.
+        clip_start (`bool`, defaults to `False`): clip the start to ball and image range, as RoCL does; otherwise the
+            first gradient is taken at the start as it was drawn.
         step_sizes (`tuple[float, ...]`, *optional*): lengths of the steps one after another, instead of `steps` times
             `step_size`, same unit as `eps`; the two then read as their number and the first of them. Another
             algorithm than the published one, see [`~hf_robust.attack_schedules.with_schedule`].
@@ -115,6 +123,9 @@ class PGD:
     start_std: None | float = field(
         default=None,
         metadata={"help": "Gaussian start of this standard deviation instead of the uniform one; TRADES: 0.001."},
+    )
+    clip_start: bool = field(
+        default=False, metadata={"help": "Clip the random start to ball and image range; RoCL does, ACL does not."}
     )
     step_sizes: None | tuple[float, ...] = None
     min_gain: float = 0.0
@@ -186,7 +197,7 @@ class PGD:
 
     def to_dict(self) -> dict[str, Any]:
         """Settings for reports; options that are not in use are left out."""
-        hidden = ("step_sizes", "min_gain", "replay")
+        hidden = ("clip_start", "step_sizes", "min_gain", "replay")
         kept = [f for f in fields(self) if f.name not in hidden or getattr(self, f.name) != f.default]
         return {f.name: getattr(self, f.name) for f in kept}
 
@@ -240,6 +251,8 @@ class PGD:
             raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
         x = x.detach()
         delta = self.first(x, generator) if start is None else start.detach().to(x)
+        if self.clip_start:
+            delta = self._project(delta, x)
         if self.steps == 0:
             return (x + self._project(delta, x)).clamp(0, 1)
         before: Tensor | None = None

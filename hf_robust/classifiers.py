@@ -1,4 +1,4 @@
-"""Classifiers: a robust encoder gets a linear head to be fine-tuned with, and leaves the house as a classifier."""
+"""From an encoder to a model that trains: with a linear head to be fine-tuned, or as it is; and classifiers out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from hf_robust.hub_files import network_files, replace_files
-from hf_robust.hub_folders import check_weights, find_folder, read_config, read_weights
+from hf_robust.hub_folders import check_weights, find_folder, is_path, read_config, read_weights
 from hf_robust.models.backbones import create_backbone
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
 from hf_robust.models.norm import NormBranches, add_norm_branches, export_branch
 
-__all__ = ["build_classifier", "save_classifier"]
+__all__ = ["build_classifier", "has_timm_weights", "save_classifier", "start_from"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +66,36 @@ def build_classifier(
     """
     if head_init not in ("zero", "default"):
         raise ValueError(f"head_init must be 'zero' (published) or 'default' (torch's), got {head_init!r}")
-    folder = find_folder(encoder, ("config.json", "*.safetensors", "*.safetensors.index.json"))
-    config, tensors = _read(folder, str(encoder))
+    model = start_from(encoder, norm_branches, image_size, head="classifier", num_classes=num_classes)
+    if head_init == "zero":
+        nn.init.zeros_(model.classifier.weight)
+        nn.init.zeros_(model.classifier.bias)
+    return model
+
+
+def start_from(
+    encoder: str | Path, norm_branches: Sequence[str] = ("adv",), image_size: int | None = None, **head: Any
+) -> RobustModelForPreTraining:
+    """A model whose backbone is a pre-trained encoder, ready to be trained on.
+
+    Every tensor must be there and fit, and norm branches are found by name, as for [`build_classifier`].
+
+    Args:
+        encoder (`str` or `Path`): As for [`build_classifier`], or the name of a timm architecture that has pre-trained
+            weights (`"vit_base_patch16_clip_quickgelu_224.openai"`), which timm downloads.
+        norm_branches (`Sequence[str]`): Norm branches to train with. Defaults to ``("adv",)``.
+        image_size (`int`, *optional*): Side of the images in pixels. Defaults to the encoder's own.
+        head (`Any`): `head`, `num_classes`, `projector_layers`, `projector_dim` of the configuration; no head by
+            default.
+
+    Returns:
+        [`~hf_robust.models.modeling.RobustModelForPreTraining`]: In eval mode; it takes pixels in [0, 1].
+
+    Raises:
+        FileNotFoundError: When there is neither such a folder nor such a repository.
+        ValueError: When the folder holds something else or the tensors do not fit.
+    """
+    config, tensors = _read_source(encoder)
     with torch.random.fork_rng(devices=[]):  # these fresh weights are all replaced
         trained = create_backbone(config.architecture, image_size=config.image_size, model_args=config.model_args)
     add_norm_branches(trained, config.norm_branches)
@@ -82,17 +110,35 @@ def build_classifier(
             model_args=args,
             image_size=size,
             norm_branches=norm_branches,
-            head="classifier",
-            num_classes=num_classes,
             mean=config.mean,
             std=config.std,
+            **{"head": "none", **head},
         )
     )
     _fill(model, trained, tuple(config.norm_branches))
-    if head_init == "zero":
-        nn.init.zeros_(model.classifier.weight)
-        nn.init.zeros_(model.classifier.bias)
     return model.eval()
+
+
+def has_timm_weights(name: str | Path) -> bool:
+    """Whether a name is that of a timm architecture, rather than of a folder or a Hub repository.
+
+    Args:
+        name (`str` or `Path`): Such as `"resnet18"` or `"vit_base_patch16_clip_224.openai"`.
+
+    Returns:
+        `bool`: `False` for other names.
+
+    Raises:
+        ValueError: For an architecture that has no pre-trained weights (of this name).
+    """
+    text = str(name)
+    if is_path(name) or not timm.is_model(text):
+        return False
+    if not timm.models.is_model_pretrained(text):
+        known = timm.list_pretrained(f"{text.partition('.')[0]}.*")
+        others = f"write one of {_some(known)}" if known else "give the folder of an encoder, or a Hub repository"
+        raise ValueError(f"timm has no pre-trained weights of the name {text!r}: {others}")
+    return True
 
 
 def save_classifier(
@@ -148,6 +194,19 @@ def save_classifier(
     return target
 
 
+def _read_source(encoder: str | Path) -> tuple[RobustPretrainingConfig, dict[str, torch.Tensor]]:
+    if not has_timm_weights(encoder):
+        return _read(find_folder(encoder, ("config.json", "*.safetensors", "*.safetensors.index.json")), str(encoder))
+    # By timm and not as the repository of the weights: networks that share one (quick GELU) differ in architecture.
+    name = str(encoder)
+    cfg = cast(Any, timm.get_pretrained_cfg(name))
+    size = cfg.input_size[-1]
+    config = RobustPretrainingConfig(
+        architecture=name.partition(".")[0], image_size=size, norm_branches=("adv",), mean=cfg.mean, std=cfg.std
+    )
+    return config, timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+
+
 def _read(folder: Path, name: str) -> tuple[RobustPretrainingConfig, dict[str, torch.Tensor]]:
     """What the backbone was built with, and its tensors by the names they have in it."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
@@ -201,13 +260,15 @@ def _released_config(values: Mapping[str, Any], name: str) -> RobustPretrainingC
     if not values.get("architecture") or not cfg.get("mean") or not cfg.get("std"):
         raise ValueError(
             f"the configuration of {name!r} (model_type {values.get('model_type')!r}) does not say architecture, mean "
-            f"and std of a timm network: {_MAKE_NEW}"
+            "and std of a timm network: of CLIP and other networks of transformers take timm's form, such as "
+            f"'vit_base_patch16_clip_quickgelu_224.openai'; of one of ours, {_MAKE_NEW}"
         )
     mean, std = tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"]))
     plain = not any(mean) and all(value == 1 for value in std)
     return RobustPretrainingConfig(
         architecture=values["architecture"],
-        model_args=values.get("model_args"),
+        # newer timm repeats the number of classes there, of the classifier that stays behind
+        model_args={key: value for key, value in (values.get("model_args") or {}).items() if key != "num_classes"},
         image_size=values.get("image_size") or cfg["input_size"][-1],
         norm_branches=(values.get("norm_branch") or "adv",),
         mean=None if plain else mean,

@@ -21,6 +21,7 @@ from hf_robust.flags import (
     as_flags,
     belongs_to,
     flag_names,
+    method_defaults,
     method_names,
     read_yaml,
     set_defaults,
@@ -57,12 +58,34 @@ class ModelArguments:
     model_args: str = field(
         default="{}", metadata={"help": "JSON passed to the architecture, e.g. '{\"channels\": [16, 32, 64, 128]}'."}
     )
-    projector_layers: int = field(default=3, metadata={"help": "Layers of the projection head; published: 3."})
-    normalize: bool = field(
-        default=True, metadata={"help": "ImageNet mean/std as first layer of the model, as published for ResNet-18."}
+    projector_layers: None | int = field(
+        default=None, metadata={"help": "Layers of the projection head, 2 or 3; unset: the method's, 3 for most."}
+    )
+    projector_dim: None | int = field(
+        default=None, metadata={"help": "Width of the embedding; unset: the method's, that of the features for most."}
+    )
+    projector_norms: Literal["all", "hidden", "none"] | None = field(
+        default=None, metadata={"help": "Batch norm after which layers of the head; unset: the method's, most: all."}
+    )
+    projector_norm_branches: Literal["own", "shared"] | None = field(
+        default=None, metadata={"help": "Norms of the head per branch or one for all; unset: the method's, most: own."}
+    )
+    normalize: None | bool = field(
+        default=None,
+        metadata={"help": "ImageNet mean/std as first layer of the model; unset: as the method was published."},
     )
     contrast: Literal["simclr", "none"] = field(
         default="none", metadata={"help": "Also train SimCLR with the same budget and show both in one table."}
+    )
+    teacher: None | str = field(
+        default=None,
+        metadata={
+            "help": "Frozen teacher of DeACL and FARE, or encoder whose clusters are AdvCL's pseudo-labels: folder, "
+            "Hub repository or timm name with weights."
+        },
+    )
+    pseudo_labels: None | str = field(
+        default=None, metadata={"help": "File of pseudo-labels (.safetensors, .json) for AdvCL, instead of a teacher."}
     )
 
 
@@ -140,6 +163,8 @@ def parse_pretrain(
         first.error(str(error))
     methods = [t for t in (objective_type, base_type) if t]
     parser = _parser([DataArguments, ModelArguments, *methods], coreset_type, description, prog)
+    published = objective_type if objective_type.recipe else base_type or objective_type  # the host's, if none is own
+    set_defaults(parser, method_defaults(published), f"the recipe of {name}")
     set_defaults(parser, values, config, never_null=_CORESET)
     namespace = vars(parser.parse_args(argv))
     try:
@@ -183,14 +208,40 @@ def _build(
         raise ValueError(f"--model_args must be JSON, got {model.model_args!r} ({error})") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"--model_args must be a JSON object such as '{{}}', got {model.model_args!r}")
+    objective = take(objective_type, values, **nested)
+    _check_teacher(objective, model.teacher)
+    _check_pseudo_labels(objective, model)
     return PretrainRun(
         data=take(DataArguments, values),
         model=model,
-        objective=take(objective_type, values, **nested),
+        objective=objective,
         attack=attack,
         training=take(RobustTrainingArguments, values),
         coreset=coreset,
     )
+
+
+def _check_teacher(objective: Objective, teacher: str | None) -> None:
+    if objective.teacher_kind == "frozen" and not teacher:
+        raise ValueError(
+            f"{objective.title} learns from a frozen teacher: add --teacher with the folder of an encoder, a Hub "
+            "repository or a timm architecture with pre-trained weights"
+        )
+    if teacher and objective.teacher_kind != "frozen" and not objective.pseudo_classes:
+        raise ValueError(
+            f"--teacher {teacher} has no meaning for {objective.title}: only methods such as deacl and fare learn "
+            "from a frozen one"
+        )
+
+
+def _check_pseudo_labels(objective: Objective, model: ModelArguments) -> None:
+    if model.pseudo_labels and not objective.pseudo_classes:
+        raise ValueError(
+            f"--pseudo_labels {model.pseudo_labels} has no meaning for {objective.title}: only methods such as advcl "
+            "learn them"
+        )
+    if model.pseudo_labels and model.teacher:
+        raise ValueError("--pseudo_labels are there already, so --teacher has nothing to cluster: give one of the two")
 
 
 def _has_base(kind: type[Objective]) -> bool:
@@ -237,7 +288,9 @@ def _parser(
     known = ", ".join(method_names(finetuning=False))
     parser.add_argument("--config", help="YAML file whose keys are these flags; flags override it.")
     parser.add_argument("--objective", default="acl", help=f"Method: {known}.")
-    parser.add_argument("--base", help="Method that air regularises: acl (default) or dynacl.")
+    parser.add_argument("--base", help="Method that air or a_infonce stands on, such as dynacl; default: acl.")
+    off = "The same as --normalize false."  # unset is a third value, so the stock parser does not offer it
+    parser.add_argument("--no_normalize", action="store_false", default=None, dest="normalize", help=off)
     known = ", ".join(coreset_names()).replace("file", "file:PATH")
     parser.add_argument("--coreset", default="full", help=f"Images that an epoch shows: {known}.")
     return parser

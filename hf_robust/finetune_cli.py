@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import difflib
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,10 @@ from hf_robust.flags import (
     belongs_to,
     flag_names,
     given,
+    method_defaults,
     method_names,
     read_yaml,
     set_defaults,
-    show_budget,
     take,
 )
 from hf_robust.objectives import Objective, load_objective
@@ -203,11 +202,7 @@ def _owner(key: str) -> str:
 
 def _method_defaults(mode: str) -> dict[str, Any]:
     """Recipe and attack of a mode, by the names of their flags."""
-    method = AFF if mode == POST else load_objective(mode)
-    attack = method.training_attack.to_dict()
-    budgets = {name: show_budget(attack[name]) for name in ("eps", "step_size")}
-    recipe = PostProcessing.recipe if mode == POST else method.recipe
-    return {**copy.deepcopy(dict(recipe)), **attack, **budgets}  # its lists go into the arguments of the run
+    return method_defaults(AFF, PostProcessing.recipe) if mode == POST else method_defaults(load_objective(mode))
 
 
 def _parser(mode: str, description: str | None, prog: str | None) -> FlagParser:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -109,7 +109,7 @@ class RobustFinetuner(RobustTrainer):
 
     def step_context(self, generator: torch.Generator, index: Tensor | None = None) -> StepContext:
         """Add the accuracy that the method asked for."""
-        return replace(super().step_context(generator, index), standard_accuracy=self._standard_accuracy)
+        return dataclasses.replace(super().step_context(generator, index), standard_accuracy=self._standard_accuracy)
 
     def _measure_on_request(self) -> None:
         """At the beginning of an epoch and at equal distances within; once per step, also after a resume there."""
@@ -128,11 +128,6 @@ class RobustFinetuner(RobustTrainer):
         self._measured_at = step
         weights = self.objective.term_weights(self._standard_accuracy)
         self.log({"path_standard_accuracy": self._standard_accuracy, **weights})
-
-    def after_step(self) -> None:
-        """Share norm statistics between processes, unless they stand still: a mean of equals may round."""
-        if self.objective.trains == "all":
-            super().after_step()
 
     # ------------------------------------------------------------------ measuring
     def measure(

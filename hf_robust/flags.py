@@ -7,6 +7,7 @@ it belongs.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -19,7 +20,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_robust.attacks import parse_budget
-from hf_robust.objectives import load_objective, objective_names
+from hf_robust.objectives import Objective, load_objective, objective_names
 from hf_robust.training_args import WITHOUT_EFFECT
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "belongs_to",
     "flag_names",
     "given",
+    "method_defaults",
     "method_names",
     "pixel_budget",
     "read_yaml",
@@ -142,8 +144,25 @@ def method_names(*, finetuning: bool) -> list[str]:
     Returns:
         `list[str]`: sorted names that `load_objective` takes.
     """
-    # Fine-tuning methods differ in their schedules, so each has a recipe; pre-training has one for all.
-    return [name for name in objective_names() if bool(load_objective(name).recipe) is finetuning]
+    # Of the methods with labels, those of fine-tuning have a recipe each; without labels nothing is fine-tuned.
+    kinds = {name: load_objective(name) for name in objective_names()}
+    return [name for name, kind in kinds.items() if bool(kind.needs_labels and kind.recipe) is finetuning]
+
+
+def method_defaults(method: type[Objective], recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Published settings and attack of a method, by the names of their flags.
+
+    Args:
+        method (`type[Objective]`): the class.
+        recipe (`Mapping`, *optional*): instead of the method's own.
+
+    Returns:
+        `dict[str, Any]`: for `set_defaults`.
+    """
+    attack = method.training_attack.to_dict()
+    budgets = {name: show_budget(attack[name]) for name in ("eps", "step_size")}
+    settings = dict(method.recipe if recipe is None else recipe)
+    return {**copy.deepcopy(settings), **attack, **budgets}  # its lists go into the arguments of the run
 
 
 def flag_names(kind: type[Any], prefix: str = "") -> set[str]:

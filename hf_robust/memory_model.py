@@ -47,8 +47,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 0.25  # measured peaks differ from the count by at most this share of it; a suggested batch leaves it free
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _STATES = {"lars": 1, "sgd": 1, "adamw": 2}  # values that an optimiser keeps per weight
-# More than any convolutional network or transformer keeps per pixel and pass: below it nobody has to count.
-_MOST_PER_PIXEL = 20_000
+_MOST_PER_PIXEL = 20_000  # more than any backbone keeps per pixel and pass: below it nobody has to count
 
 
 @dataclass(frozen=True)
@@ -178,22 +177,23 @@ def step_memory(
 
 
 def _peak_of_step(model: Any, objective: Objective, images: int, dtype: torch.dtype | None, processes: int) -> int:
-    device = next(model.parameters()).device
-    size, living = model.config.image_size, _Living()
+    device, size, living = next(model.parameters()).device, model.config.image_size, _Living()
 
     def autocast() -> AbstractContextManager[Any]:
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, pretended(processes):
-        network = _hollow(model, mode)
-        teacher = _hollow(model, mode).requires_grad_(False) if objective.teacher_kind else None
-        for held in (network, teacher) if teacher is not None else (network,):
+        network, kind = _hollow(model, mode), objective.teacher_kind
+        teacher: Any = _hollow(model, mode).requires_grad_(False) if kind else None
+        for held in filter(None, (network, teacher)):
             for tensor in (*held.parameters(), *held.buffers()):
                 living.know(tensor)
         with living:
             batch = {name: torch.empty(images, 3, size, size, device=device) for name in objective.views}
-            batch["label"] = torch.empty(images, dtype=torch.int64, device=device)
-            context = StepContext(_one_gradient(network, autocast), 0.0, teacher, autocast)
+            labels = ("label", *(f"pseudo_label_{k}" for k in objective.pseudo_classes))
+            batch |= dict.fromkeys(labels, torch.empty(images, dtype=torch.int64, device=device))
+            answers = partial(teacher.features, branch=teacher.default_branch) if kind == "frozen" else teacher
+            context = StepContext(_one_gradient(network, autocast), 0.0, answers, autocast)
             with autocast():
                 terms = objective(network, batch, context)
                 loss = torch.stack(list(terms.values())).sum()

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +20,7 @@ from torch import Tensor
 from hf_robust.attacks import PGD, frozen
 from hf_robust.checkpoints import fingerprint, latest_complete, to_resume
 from hf_robust.classifiers import build_classifier
+from hf_robust.clustering import cluster_features, of_first_process
 from hf_robust.data import ImageDataset
 from hf_robust.evaluation.probe import extract_features
 from hf_robust.finetuner import RobustFinetuner
@@ -40,7 +39,6 @@ _STAGE_SETTINGS = (
     *("lr_milestones", "optimizer", "momentum", "nesterov", "weight_decay", "seed"),
 )
 _LABELS, _HEAD, _PROBE = "pseudo_labels.json", "head.safetensors", "probe"
-_TOLERANCE = 1e-5  # of k-means, as released for AIR
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,6 @@ def cluster_labels(
 
     Source: released AIR, `LP-AFF.py`: Euclidean k-means on pooled features of un-augmented images, clean branch.
     """
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
     branches = model.switch.branches
     branch = "clean" if "clean" in branches else branches[0]
     with frozen(model):
@@ -157,16 +152,7 @@ def cluster_labels(
             device=device,
             progress=progress,
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # said below, with what to do
-        found = KMeans(clusters, n_init=10, tol=_TOLERANCE, random_state=seed).fit_predict(features.numpy())
-    labels = torch.from_numpy(found).long()
-    if (distinct := len(labels.unique())) < clusters:
-        raise ValueError(
-            f"the features of {len(dataset)} images fall into {distinct} clusters where {clusters} were asked for: "
-            "lower --clusters; with 1 the encoder gives every image the same features and has not learned anything"
-        )
-    return labels
+    return cluster_features(features, clusters, seed=seed)
 
 
 def train_head(
@@ -310,7 +296,7 @@ def _labels(
         return torch.tensor(stored["labels"])
     show = not args.disable_tqdm and args.process_index == 0
     labels = cluster_labels(model, dataset, clusters, seed=args.seed, device=args.device, progress=show)
-    labels = _of_first_process(labels.to(args.device)).cpu()
+    labels = of_first_process(labels.to(args.device)).cpu()
     if args.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**facts, "labels": labels.tolist()}))
@@ -330,10 +316,3 @@ def _labels_told(dataset: ImageDataset) -> str:
     """Another text for other labels."""
     labels = dataset.labels if dataset.labels is not None else torch.empty(0)
     return hashlib.blake2b(labels.numpy().tobytes(), digest_size=8).hexdigest()
-
-
-def _of_first_process(labels: Tensor) -> Tensor:
-    """The same on all processes, whatever the last bit of their features made of the centres."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast(labels, src=0)
-    return labels

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_robust.adapters import AdapterModel, merge_adapter
 from hf_robust.attacks import frozen
+from hf_robust.checkpoints import to_resume
 from hf_robust.evaluation.probe import ProbeResult, probe_encoder
 from hf_robust.hub import save_encoder
 from hf_robust.memory_model import check_training_memory
+from hf_robust.pseudo_labels import Labelling
 from hf_robust.trainer import RobustTrainer
 from hf_robust.views import Views
 
@@ -29,30 +32,52 @@ class RobustPretrainer(RobustTrainer):
         attack ([`PGD`], *optional*): the training attack.
         train_dataset ([`ImageDataset`]): images; labels are not used for training.
         eval_dataset ([`ImageDataset`], *optional*): labelled images that the probe is evaluated on.
-        views ([`Views`], *optional*): default: bicubic crops at the model's image size.
+        views ([`Views`], *optional*): default: bicubic crops at the model's image size, as the objective asks for.
+        teacher (`str`, `Path` or `nn.Module`, *optional*): frozen teacher of the methods that have one (DeACL, FARE),
+            or the encoder whose features become pseudo-labels (AdvCL; default: the model itself as it is given):
+            folder, Hub repository, timm name or network, see `teachers.load_teacher`.
+        pseudo_labels ([`PseudoLabels`] or path of a file, *optional*): of the methods that learn them (AdvCL).
     """
 
-    def __init__(self, *args: Any, views: Views | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *args: Any, views: Views | None = None, teacher: Any = None, pseudo_labels: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs | {"teacher": teacher})
         self._check_probe()
-        self.views = views if views is not None else Views(self.model.config.image_size)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as [`RobustTrainer`], once the batch is foreseen to fit into memory; see `memory_model`."""
-        check_training_memory(self)
-        return super().train(*args, **kwargs)
+        if views is None:
+            views = Views(self.model.config.image_size, **self.objective.view_options)
+        self.views = views
+        self.labelling = Labelling(self.objective, self.train_dataset, pseudo_labels, teacher)
 
     def prepare_batch(self, inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Draw the objective's views at the present augmentation strength."""
         batch = self.views(inputs["image"], self.objective.views, strength=self._strength, generator=generator)
         if self.args.channels_last:
             batch = {name: x.contiguous(memory_format=torch.channels_last) for name, x in batch.items()}
-        return {**batch, "label": inputs["label"]} if "label" in inputs else batch
+        labels = {"label": inputs["label"]} if "label" in inputs else {}
+        return {**batch, **labels, **self.labelling.of(inputs)}
 
     def originals(self, images: Tensor) -> Tensor:
         """Un-augmented images at the size of the views."""
         x = self.views(images, ("original",))["original"]
         return x.contiguous(memory_format=torch.channels_last) if self.args.channels_last else x
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Make pseudo-labels where the method learns them, see that the batch fits (`memory_model`), then train."""
+        resume = to_resume(str(self.args.output_dir), resume_from_checkpoint)
+        if not resume:
+            self.labelling.prepare(self.accelerator.unwrap_model(self.model), self.args)
+        check_training_memory(self)
+        return super().train(resume, *args, **kwargs)
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """Add the pseudo-labels."""
+        super().save_beside(checkpoint)
+        self.labelling.save(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.labelling.load(resume_from_checkpoint)
 
     def describe_run(self) -> dict[str, str]:
         """Add the views to what a resumed run must agree with."""
@@ -60,13 +85,18 @@ class RobustPretrainer(RobustTrainer):
 
     @property
     def encoder_model(self) -> Any:
-        """The network that leaves the house: the momentum encoder where the method has one, else the model."""
-        return self.teacher if self.objective.teacher_kind == "ema" else self.network
+        """The network that leaves the house: the momentum encoder where the method has one, else the model.
+
+        Adapters have been taken in: a copy then, made anew on every call.
+        """
+        if self.objective.teacher_kind == "ema":
+            return self.teacher
+        return merge_adapter(self.network) if isinstance(self.network, AdapterModel) else self.network
 
     @property
     def encoder_branch(self) -> str:
         """The norm branch that leaves the house: `"adv"` where the method has it."""
-        return self.encoder_model.default_branch
+        return self.accelerator.unwrap_model(self.model).default_branch
 
     def probe(self, n_train: int | None = None, n_eval: int | None = None, **kwargs: Any) -> ProbeResult:
         """Fit a linear probe on the encoder and measure standard and PGD-20 accuracy.

@@ -7,10 +7,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from hf_robust.evaluation.environment import collect_environment, command_line
+from hf_robust.evaluation.environment import collect_environment, command_line, redact
 from hf_robust.evaluation.report import EncoderReport
 
-__all__ = ["dataset_title", "release_report", "training_facts"]
+__all__ = ["dataset_title", "encoder_title", "release_report", "training_facts"]
 
 
 def dataset_title(source: str) -> str:
@@ -21,6 +21,16 @@ def dataset_title(source: str) -> str:
     """
     path = Path(source)
     return path.resolve().name if path.exists() else source
+
+
+def encoder_title(source: str) -> str:
+    """An encoder as reports call it: a Hub id or timm name, or the last two parts of a path.
+
+    Args:
+        source (`str`): what the user asked for.
+    """
+    path = Path(source).expanduser()
+    return "/".join(Path(redact(str(path.resolve()))).parts[-2:]) if path.exists() else source
 
 
 def training_facts(trainer: Any) -> dict[str, Any]:

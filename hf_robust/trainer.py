@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, rotate_checkpoints
@@ -26,19 +24,18 @@ from hf_robust.coresets.sampler import CoresetSampler
 from hf_robust.data import ImageDataset, collate_images
 from hf_robust.hub_callback import HubTrainer
 from hf_robust.loss_record import LossRecord, finite, logged_seconds
+from hf_robust.model_fit import check_fit
 from hf_robust.models.norm import synchronize_norms
 from hf_robust.objectives import Objective, StepContext
-from hf_robust.objectives.base import check_fit
 from hf_robust.optim import make_optimizer, paper_schedule
 from hf_robust.sharding import ShardedTraining
+from hf_robust.teachers import build_teacher, restore_teacher, save_teacher
 from hf_robust.training_args import RobustTrainingArguments
 from hf_robust.training_attack import TrainingAttack
 
 __all__ = ["RobustTrainer"]
 
 logger = logging.getLogger(__name__)
-
-_TEACHER_FILE = "teacher.safetensors"
 
 
 class RobustTrainer(HubTrainer, ShardedTraining):
@@ -54,6 +51,7 @@ class RobustTrainer(HubTrainer, ShardedTraining):
         attack ([`PGD`], *optional*): the training attack; default: the published one.
         train_dataset ([`ImageDataset`]): uint8 images.
         coreset ([`CoresetMethod`], *optional*): which of them each epoch shows; default: all.
+        teacher (`str`, `Path` or `nn.Module`, *optional*): frozen teacher, see `teachers.load_teacher`.
         kwargs: passed on to `transformers.Trainer`.
 
     Raises:
@@ -80,6 +78,7 @@ class RobustTrainer(HubTrainer, ShardedTraining):
         attack: PGD | None = None,
         train_dataset: ImageDataset | None = None,
         coreset: CoresetMethod | None = None,
+        teacher: Any = None,
         **kwargs: Any,
     ) -> None:
         check_fit(objective, model, train_dataset)
@@ -114,14 +113,14 @@ class RobustTrainer(HubTrainer, ShardedTraining):
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate_images, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.objective = objective
-        self.attack = attack if attack is not None else PGD()
+        self.attack = attack if attack is not None else objective.training_attack
         self.training_attack = TrainingAttack(
             self.accelerator,
             eval_mode=objective.attack_in_eval_mode,
             fold_norms=args.fold_norms,
             compile_options=args.compile_options,
         )
-        self.teacher = self._build_teacher()
+        self.teacher = build_teacher(objective, self.model, teacher, self.args.device)
         self._started, self._earlier_seconds = time.monotonic(), 0.0
         self._strength, self._micro_step = 1.0, (-1, 0)
         self._record = LossRecord(self.args.device)
@@ -160,9 +159,11 @@ class RobustTrainer(HubTrainer, ShardedTraining):
 
     def step_context(self, generator: torch.Generator, index: Tensor | None = None) -> StepContext:
         """What the objective gets beside model and batch; `index`: positions of the images in the data set."""
+        kept: Any = self.state.stateful_callbacks  # a dictionary that is saved with the state, as JSON
+        memory = kept.setdefault("method_memory", {})
         attack = self.training_attack.bind(self.attack, self._networks(), generator, index)
         autocast, seen = self.accelerator.autocast, self.training_attack.seen
-        return StepContext(attack, self.progress, self.teacher, autocast, seen=seen)
+        return StepContext(attack, self.progress, self.teacher, autocast, memory=memory, seen=seen)
 
     def _step_generator(self) -> torch.Generator:
         step, micro = self._micro_step
@@ -252,8 +253,8 @@ class RobustTrainer(HubTrainer, ShardedTraining):
             update_ema(self.teacher, student, self.objective.ema_decay)  # type: ignore[attr-defined]
 
     def after_step(self) -> None:
-        """Share norm statistics between processes."""
-        for network in self._networks():
+        """Share norm statistics between processes, unless they stand still: a mean of equals may round."""
+        for network in self._networks() if self.objective.trains == "all" else ():
             average_buffers(network)
 
     def close_round(self, rounds: float) -> bool:
@@ -265,12 +266,6 @@ class RobustTrainer(HubTrainer, ShardedTraining):
 
     def end_epoch(self, before: float, epoch: float) -> None:
         """Nothing here; subclasses probe."""
-
-    def _build_teacher(self) -> Any:
-        if self.objective.teacher_kind is None:
-            return None
-        teacher = copy.deepcopy(self.model).requires_grad_(False).to(self.args.device)
-        return teacher.train()
 
     @property
     def training_seconds(self) -> float:
@@ -338,7 +333,9 @@ class RobustTrainer(HubTrainer, ShardedTraining):
         self._stop_if_broken()
 
     def _networks(self) -> list[nn.Module]:
-        return [n for n in (self.accelerator.unwrap_model(self.model), self.teacher) if n is not None]
+        """Those that move: a frozen teacher has no mode, gradient or statistic to look after."""
+        moving = [self.teacher] if self.objective.teacher_kind == "ema" else []
+        return [self.accelerator.unwrap_model(self.model), *moving]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._record.broken |= ~finite(self._networks())
@@ -350,8 +347,8 @@ class RobustTrainer(HubTrainer, ShardedTraining):
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # old ones go once this one is complete
         try:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and self.teacher is not None:
-                save_model(self.teacher, str(folder / _TEACHER_FILE))
+            if self.args.should_save:
+                save_teacher(self.teacher, folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.save_beside(folder)
@@ -373,8 +370,7 @@ class RobustTrainer(HubTrainer, ShardedTraining):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.teacher is not None:
-            load_model(self.teacher, os.path.join(resume_from_checkpoint, _TEACHER_FILE))
+        restore_teacher(self.teacher, resume_from_checkpoint)
         self.phases.load(resume_from_checkpoint)
         self.training_attack.load(Path(resume_from_checkpoint))
 

@@ -26,10 +26,12 @@ from hf_robust.crops import (
     resized_crop,
     sample_crops,
 )
+from hf_robust.frequencies import high_pass
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 _CROPS = {"padded_crop": padded_crop, "resized_crop": resized_crop}
-_FIXED = ("original", *_CROPS)  # all other names begin with view_
+_BASE = {"high_frequency": "padded_crop"}  # a view that is made of another one
+_FIXED = ("original", *_CROPS, *_BASE)  # all other names begin with view_
 _CHUNK_VALUES = 256 * 3 * 32 * 32  # enough to amortise the dispatch of an operation, little enough for the caches
 
 
@@ -74,13 +76,15 @@ def sample_parameters(
     strength: float = 1.0,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
+    minimal_area: float = 0.1,
 ) -> ViewParameters:
     """Independent random augmentation parameters for each of `n` images.
 
-    The crop covers a share of the area uniform in `(1 - 0.9 strength, 1)`, with an aspect ratio log-uniform in
-    (3/4, 4/3): the first of ten tries that fits, else the largest central crop of an allowed ratio. The probability
-    of a flip is 0.5 at every strength, of grey `0.2 strength`, of colour jitter `0.8 strength`: brightness, contrast
-    and saturation by factors uniform in `1 -+ 0.4 strength`, hue by up to `0.1 strength`, in random order.
+    The crop covers a share of the area uniform in `(1 - (1 - minimal_area) strength, 1)`, with an aspect ratio
+    log-uniform in (3/4, 4/3): the first of ten tries that fits, else the largest central crop of an allowed ratio. The
+    probability of a flip is 0.5 at every strength, of grey `0.2 strength`, of colour jitter `0.8 strength`:
+    brightness, contrast and saturation by factors uniform in `1 -+ 0.4 strength`, hue by up to `0.1 strength`, in
+    random order.
 
     At strength 0 the area is the full one and the ratio is still drawn, as in torchvision. A full-area crop fits only
     at the image's own ratio, so a try gives the whole image (less a column or row lost to rounding, if not square) or
@@ -93,6 +97,7 @@ def sample_parameters(
             no part in drawing the random numbers, so that equal seeds give views that differ in strength only.
         device (`torch.device`, default the generator's, else the CPU): where the parameters are needed.
         generator (`torch.Generator`, default the device's global one): source of randomness, of any device.
+        minimal_area (`float`, in (0, 1], default 0.1 = ACL): smallest share of the area at strength 1.
 
     Returns:
         `ViewParameters` with `n` rows.
@@ -110,7 +115,7 @@ def sample_parameters(
     crop_draws, draws = draws.split((2 * TRIES + 2, 11), dim=1)
     factors = 1 + (2 * draws[:, 2:5] - 1) * (0.4 * strength)
     return ViewParameters(
-        *sample_crops(crop_draws, image_size, minimal_area=1 - 0.9 * strength),
+        *sample_crops(crop_draws, image_size, minimal_area=1 - (1 - minimal_area) * strength),
         flip=draws[:, 0] < 0.5,
         jitter=draws[:, 1] < 0.8 * strength,
         brightness=factors[:, 0],
@@ -123,7 +128,12 @@ def sample_parameters(
 
 
 def apply_parameters(
-    images: Tensor, parameters: ViewParameters, *, size: int, interpolation: str = "bicubic"
+    images: Tensor,
+    parameters: ViewParameters,
+    *,
+    size: int,
+    interpolation: str = "bicubic",
+    colors_first: bool = False,
 ) -> Tensor:
     """Crop, resize, flip, jitter the colours and grey, each image with its own parameters.
 
@@ -135,6 +145,8 @@ def apply_parameters(
         parameters (`ViewParameters`): what to do with each image; crops must lie inside the images.
         size (`int`, pixels, >= 1): height and width of the views.
         interpolation (`str`, default "bicubic" = ACL, RCS, AIR): "bicubic" or "bilinear", antialiased as in Pillow.
+        colors_first (`bool`, default False): jitter and grey the whole image before it is cropped (RoCL). The contrast
+            then changes around the mean of the whole image.
 
     Returns:
         `torch.Tensor` of shape `(N, 3, size, size)`, float32, in [0, 1] (multiples of 1/255).
@@ -149,7 +161,7 @@ def apply_parameters(
         rows = f"got {len(parameters)} rows for {len(images)} images"
         raise ValueError(f"every image needs its own parameters, {rows}: use sample_parameters(len(images), ...)")
     apply = _apply_grouped if images.device.type == "cpu" else _apply_masked
-    return apply(images, parameters, size, interpolation)
+    return apply(images, parameters, size, interpolation, colors_first)
 
 
 @dataclass(frozen=True)
@@ -159,16 +171,29 @@ class Views:
     Args:
         size (`int`, pixels, >= 1): height and width of every view, the input size of the network.
         interpolation (`str`, default "bicubic" = ACL, RCS, AIR): "bicubic" or "bilinear" (official DynACL).
+        minimal_area (`float`, in (0, 1], default 0.1 = ACL): smallest share of the image in a random view; AdvCL 0.2,
+            RoCL 0.08.
+        colors_first (`bool`, default False): change the colours of random views before they are cropped (RoCL).
 
     Raises:
-        ValueError: `size` is less than 1 or `interpolation` is unknown.
+        ValueError: `size` is less than 1, `interpolation` is unknown or `minimal_area` out of range.
     """
 
     size: int
     interpolation: str = "bicubic"
+    minimal_area: float = 0.1
+    colors_first: bool = False
 
     def __post_init__(self) -> None:
         _check_target(self.size, self.interpolation)
+        if not 0 < self.minimal_area <= 1:
+            raise ValueError(f"minimal_area must be in (0, 1], got {self.minimal_area}: ACL takes 0.1, AdvCL 0.2")
+
+    def __repr__(self) -> str:
+        # Checkpoints are compared by this text: those written before there were these two still resume.
+        late = ("minimal_area", "colors_first")
+        shown = [f for f in fields(self) if f.name not in late or getattr(self, f.name) != f.default]
+        return f"Views({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __call__(
         self, images: Tensor, names: Sequence[str], *, strength: float = 1.0, generator: torch.Generator | None = None
@@ -180,16 +205,19 @@ class Views:
             names (`Sequence[str]`): "view_1", "view_2", any "view_...": random views, drawn in the order of the
                 names; "padded_crop", "resized_crop": crops without colours, see `hf_robust.crops`; "original": the
                 image without augmentation, which takes no random number. If it is not of the size, its short side
-                is resized to `size` and the centre cut out (as `Resize` and `CenterCrop` do).
+                is resized to `size` and the centre cut out (as `Resize` and `CenterCrop` do); "high_frequency": the
+                "padded_crop" of the same batch, which must be named before it, without its low frequencies.
             strength (`float`, in [0, 1], default 1.0 = ACL): strength of the random views, see `sample_parameters`.
             generator (`torch.Generator`, default the device's global one): source of randomness.
 
         Returns:
-            `dict[str, torch.Tensor]`: for each name a float32 tensor `(N, 3, size, size)` in [0, 1].
+            `dict[str, torch.Tensor]`: for each name a float32 tensor `(N, 3, size, size)` in [0, 1]; of both signs
+            for "high_frequency".
 
         Raises:
             TypeError: `images` are not uint8.
-            ValueError: a name is unknown, `images` are not `(N, 3, H, W)` or `strength` is outside [0, 1].
+            ValueError: a name is unknown or stands before the view it is made of, `images` are not `(N, 3, H, W)` or
+                `strength` is outside [0, 1].
         """
         _check_images(images)
         _check_names(names)
@@ -203,10 +231,20 @@ class Views:
             if name in _CROPS:
                 views[name] = _CROPS[name](images, self.size, interpolation=self.interpolation, generator=generator)
                 continue
+            if name in _BASE:
+                views[name] = high_pass(views[_BASE[name]], self.size / 4)  # published: 8 at 32 pixels
+                continue
             drawn = sample_parameters(
-                n, image_size=shape, strength=strength, device=images.device, generator=generator
+                n,
+                image_size=shape,
+                strength=strength,
+                device=images.device,
+                generator=generator,
+                minimal_area=self.minimal_area,
             )
-            views[name] = apply_parameters(images, drawn, size=self.size, interpolation=self.interpolation)
+            views[name] = apply_parameters(
+                images, drawn, size=self.size, interpolation=self.interpolation, colors_first=self.colors_first
+            )
         return views
 
 
@@ -216,29 +254,46 @@ def _crop(images: Tensor, parameters: ViewParameters, size: int, interpolation: 
     return crop_resize(images, crops, parameters.flip, size, interpolation)
 
 
-def _apply_grouped(images: Tensor, parameters: ViewParameters, size: int, interpolation: str) -> Tensor:
+def _apply_grouped(
+    images: Tensor, parameters: ViewParameters, size: int, interpolation: str, colors_first: bool
+) -> Tensor:
     """Make the views, each operation on the images that need it (shapes depend on the data: for the CPU)."""
     views = torch.empty(len(images), 3, size, size, dtype=torch.float32, device=images.device)
     chunk = max(1, _CHUNK_VALUES // max(3 * size * size, images[:1].numel()))
     for start in range(0, len(images), chunk):
-        part = parameters[start : start + chunk]
-        levels = _crop(images[start : start + chunk], part, size, interpolation)
-        for chosen, operation, amount in _colour_steps(part):
-            rows = chosen.nonzero()[:, 0]
-            if len(rows) > 0:
-                levels[rows] = _change_colour(levels[rows], operation, amount[rows])
-        rows = part.gray.nonzero()[:, 0]
-        levels[rows] = _grayscale(levels[rows]).expand(-1, 3, -1, -1)
+        part, levels = parameters[start : start + chunk], images[start : start + chunk]
+        if colors_first:
+            levels = _crop(_colour_grouped(levels.float(), part), part, size, interpolation)
+        else:
+            levels = _colour_grouped(_crop(levels, part, size, interpolation), part)
         torch.div(levels, 255, out=views[start : start + chunk])
     return views
 
 
-def _apply_masked(images: Tensor, parameters: ViewParameters, size: int, interpolation: str) -> Tensor:
+def _apply_masked(
+    images: Tensor, parameters: ViewParameters, size: int, interpolation: str, colors_first: bool
+) -> Tensor:
     """Make the views, all operations on all images and the needed ones picked (fixed shapes: for accelerators)."""
-    levels = _crop(images, parameters, size, interpolation)
+    if colors_first:
+        return _crop(_colour_masked(images.float(), parameters), parameters, size, interpolation) / 255
+    return _colour_masked(_crop(images, parameters, size, interpolation), parameters) / 255
+
+
+def _colour_grouped(levels: Tensor, parameters: ViewParameters) -> Tensor:
+    """Jitter and grey those images that are to be, overwriting them."""
+    for chosen, operation, amount in _colour_steps(parameters):
+        rows = chosen.nonzero()[:, 0]
+        if len(rows) > 0:
+            levels[rows] = _change_colour(levels[rows], operation, amount[rows])
+    rows = parameters.gray.nonzero()[:, 0]
+    levels[rows] = _grayscale(levels[rows]).expand(-1, 3, -1, -1)
+    return levels
+
+
+def _colour_masked(levels: Tensor, parameters: ViewParameters) -> Tensor:
     for chosen, operation, amount in _colour_steps(parameters):
         levels = torch.where(chosen[:, None, None, None], _change_colour(levels.clone(), operation, amount), levels)
-    return torch.where(parameters.gray[:, None, None, None], _grayscale(levels), levels) / 255
+    return torch.where(parameters.gray[:, None, None, None], _grayscale(levels), levels)
 
 
 def _colour_steps(parameters: ViewParameters) -> Iterator[tuple[Tensor, int, Tensor]]:
@@ -322,7 +377,11 @@ def _check_target(size: int, interpolation: str) -> None:
 def _check_names(names: Sequence[str]) -> None:
     if isinstance(names, str):
         raise ValueError(f"names must be a sequence of view names, got the string {names!r}: write [{names!r}]")
-    for name in names:
+    for place, name in enumerate(names):
+        if name in _BASE and _BASE[name] not in names[:place]:
+            raise ValueError(
+                f"the view {name!r} is made of {_BASE[name]!r}: name that one before it, got {list(names)}"
+            )
         _check_word("view", name, name in _FIXED or name.startswith("view_"), ("view_1", "view_2", *_FIXED))
 
 

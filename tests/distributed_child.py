@@ -23,12 +23,18 @@ from training import tiny_images, tiny_model, tiny_rcs, tiny_trainer  # noqa: E4
 
 from hf_robust.attacks import PGD  # noqa: E402
 from hf_robust.finetuner import RobustFinetuner  # noqa: E402
+from hf_robust.frequencies import high_pass  # noqa: E402
+from hf_robust.objectives import load_objective  # noqa: E402
+from hf_robust.objectives.a_infonce import AInfoNCE  # noqa: E402
 from hf_robust.objectives.acl import ACL  # noqa: E402
+from hf_robust.objectives.advcl import AdvCL  # noqa: E402
 from hf_robust.objectives.aff import AFF  # noqa: E402
-from hf_robust.objectives.air import AIR  # noqa: E402
 from hf_robust.objectives.autolora import AutoLoRa  # noqa: E402
 from hf_robust.objectives.dynacl import DynACL  # noqa: E402
+from hf_robust.objectives.fare import FARE  # noqa: E402
 from hf_robust.objectives.lora import LoRA  # noqa: E402
+from hf_robust.objectives.rocl import RoCL  # noqa: E402
+from hf_robust.pseudo_labels import PseudoLabels  # noqa: E402
 
 torch.set_num_threads(1)
 IMAGES = 8
@@ -40,7 +46,8 @@ class FixedViews:
 
     def __call__(self, images: torch.Tensor, names: Any, **_: Any) -> dict[str, torch.Tensor]:
         x = images.float() / 255
-        return {"view_1": x.flip(-1), "view_2": x.roll(1, -2), "original": x}
+        made = {"view_1": x.flip(-1), "view_2": x.roll(1, -2), "original": x, "padded_crop": x.roll(1, -1)}
+        return {name: made[name] if name in made else high_pass(made["padded_crop"], 2) for name in names}
 
 
 fixed_views = FixedViews()
@@ -49,7 +56,14 @@ fixed_views = FixedViews()
 def step(case: str) -> dict[str, Any]:
     """Loss, gradients and buffers of one step."""
     name, _, mode = case.partition("-")
-    objective = {"acl": ACL(), "air": AIR(), "dynacl": DynACL(ema_decay=0.9)}[name]
+    chosen = {
+        "dynacl-plain": DynACL(ema_decay=0.9),
+        "advcl": AdvCL(clusters=[2, 3]),
+        "fare": FARE(augmentation="padded_crop"),
+        "ainfonce": AInfoNCE(RoCL(), "iphn", sigma_warmup=0.5),
+    }
+    objective = chosen.get(case) or chosen.get(name) or load_objective(name)()
+    labels = {k: torch.arange(IMAGES) % k for k in objective.pseudo_classes}
     trainer = tiny_trainer(
         out,
         objective,
@@ -59,11 +73,16 @@ def step(case: str) -> dict[str, Any]:
         per_device_train_batch_size=IMAGES // world,
         max_steps=1,
         warmup_epochs=0,
-        sync_norm=mode == "sync",
+        sync_norm=mode in ("sync", "double"),
+        pseudo_labels=PseudoLabels(labels) if labels else None,
     )
     assert trainer.args.world_size == world
     trainer.attack = PGD(steps=3, random_start=False)
     trainer.views = fixed_views  # type: ignore[assignment]
+    if mode == "double":  # where rounding in norms of few values would hide what is to be seen
+        trainer.model.double()
+        trainer.teacher.double()
+        trainer.views = lambda *args, **_: {n: x.double() for n, x in fixed_views(*args).items()}  # type: ignore
     if mode == "frozen":
         trainer.model.eval()
         trainer.model.train = lambda *_: trainer.model  # type: ignore[method-assign]
@@ -77,6 +96,7 @@ def step(case: str) -> dict[str, Any]:
     found["loss"] = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     found["buffers"] = dict(trainer.model.named_buffers())
     found["teacher"] = trainer.teacher.state_dict() if trainer.teacher is not None else {}
+    found["memory"] = dict(trainer.state.stateful_callbacks["method_memory"])
     return found
 
 

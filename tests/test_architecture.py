@@ -18,13 +18,13 @@ PACKAGE = REPOSITORY / "hf_robust"
 # "" is hf_robust/__init__.py, "objectives" is hf_robust/objectives/__init__.py.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
-        "losses",
+        *("losses", "multiview_losses", "distillation", "clustering", "frequencies"),
         "loss_record",
         "attacks",
         "optim",
         "auto_lr",
         "crops",
-        "models.norm",
+        *("models.norm", "models.heads"),
         "image_decoding",
         "image_sources",
         *("evaluation.leaderboard", "evaluation.autoattack_findings", "evaluation.autoattack_plan"),
@@ -33,21 +33,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("converters.layouts", "converters.checkpoint_file"),
     ),
     (
-        *("data", "views", "attack_schedules", "attack_replay"),
-        *(
-            "models.backbones",
-            "models.checkpointing",
-            "models.modeling",
-            "models.encoder",
-            "models.native",
-            "models.folded",
-        ),
+        *("data", "views", "attack_replay", "attack_schedules"),
+        *("models.backbones", "models.checkpointing", "models.configuration", "models.modeling"),
+        *("models.encoder", "models.native", "models.folded"),
         *("evaluation.autoattack_model", "evaluation.autoattack_state"),
         *("evaluation.corruption_images", "evaluation.corruption_arrays"),
     ),
     ("objectives.base", "models", "models.lora", "_lazy", "evaluation.pixel_classifier", "converters.base"),
     (
         "objectives.*",  # every method: adding one touches no list
+        *("model_fit", "memory_model", "training_attack"),
         *("coresets.base", "coresets.*"),  # every way to choose, likewise
         *("evaluation.linear_probe", "evaluation.accuracy", "evaluation.probe", "evaluation.pictures"),
         *("evaluation.environment", "evaluation.report", "evaluation.coreset_pictures"),
@@ -56,7 +51,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         *("evaluation.autoattack_cascade", "evaluation.corruption_generator"),
         *("hub_files", "hub_folders", "demo.comparison"),
         "converters.*",  # every format
-        *("training_attack", "memory_model"),
     ),
     (
         *(
@@ -75,24 +69,24 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("finetuning_args", "flags", "held_out", "adapters", "classifiers"),
-        "sharding",
-        *("model_card_citations", "model_card_tables", "model_card_conversion"),
+        *("model_card_citations", "model_card_tables", "model_card_conversion", "sharding"),
         *("evaluation.evaluation_parts", "evaluation.embedding", "evaluation.robustness_files"),
     ),
-    ("model_card", "demo.sources", "attack_flags"),
-    ("publishing", "converters.converting", "demo.page"),
+    ("model_card", "demo.sources", "attack_flags", "teachers"),
+    ("publishing", "converters.converting", "demo.page", "pseudo_labels"),
     ("hub_callback", "converters"),
     ("trainer", "evaluation.evaluation_job"),
     ("pretrainer", "finetuner", "evaluation.robustness"),
     ("postprocessing", "presets", "push_cli"),
     ("cli", "finetune_cli", "evaluate_cli", "card_cli", "convert_cli", "demo_cli", "runs.push"),
-    ("", "runs.pretrain", "runs.finetune", "runs.convert", "runs.card", "demo.space"),
+    ("", "runs.finetune", "runs.convert", "runs.card", "runs.students", "demo.space"),
+    ("runs.pretrain",),
     ("runs.evaluate", "runs.demo"),
     ("commands",),
 )
 # Within a floor, only these: a method that builds on another, and the models' common architectures.
 SIBLINGS: dict[str, tuple[str, ...]] = {
-    "models.modeling": ("models.backbones", "models.checkpointing"),
+    "models.modeling": ("models.backbones", "models.checkpointing", "models.configuration"),
     "models.encoder": ("models.backbones",),
     "models.folded": ("models.modeling",),
     "objectives.*": ("objectives.*",),

@@ -214,6 +214,27 @@ def test_an_attack_without_gaussian_start_is_described_as_before_there_was_one()
     attack = PGD(start_std=0.001)
     assert repr(attack).endswith("random_start=True, start_std=0.001)") and eval(repr(attack)) == attack
     assert attack != PGD()
+    assert repr(PGD(clip_start=True)).endswith("random_start=True, clip_start=True)")
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_clipped_start_is_inside_ball_and_box_before_the_first_gradient(norm: str) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 5, 5).round()  # black and white: noise leaves the box at once
+    seen = []
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images.detach())
+        return images.sum()
+
+    plain, clipped = (PGD(eps=0.1, step_size=0.05, steps=1, norm=norm, clip_start=clip) for clip in (False, True))
+    for attack in (plain, clipped):
+        attack(loss, x, generator=torch.Generator().manual_seed(1))
+    assert seen[0].min() < 0 and seen[0].max() > 1
+    torch.testing.assert_close(seen[1], seen[0].clamp(0, 1), atol=1e-7, rtol=0)
+    far = clipped(loss, x, torch.ones_like(x))  # a start that was given, too
+    assert (seen[-1] - x).flatten(1).norm(dim=1, p=float("inf") if norm == "linf" else 2).max() <= 0.1 + 1e-6
+    assert far.max() <= 1
 
 
 # ---------------------------------------------------------------------- other algorithms

@@ -514,4 +514,4 @@ def test_a_model_that_transformers_saved_is_read(tuned, tmp_path):
     x = pixels(96)
     model = build_classifier(tmp_path / "saved", 5)
     assert torch.equal(model.features(x, "adv"), tuned[1]["stl"].features(x, "adv"))
-    assert classifiers.__all__ == ["build_classifier", "save_classifier"]
+    assert classifiers.__all__ == ["build_classifier", "has_timm_weights", "save_classifier", "start_from"]

@@ -14,6 +14,7 @@ from hf_robust.coresets import RCS, Coreset, FullData, RandomCoreset, StoredCore
 from hf_robust.flags import method_names
 from hf_robust.objectives import load_objective
 from hf_robust.objectives.acl import ACL
+from hf_robust.objectives.advcl import AdvCL
 from hf_robust.objectives.air import AIR
 from hf_robust.objectives.dynacl import DynACL
 from hf_robust.objectives.sat import SAT
@@ -63,8 +64,29 @@ def test_without_flags_every_default_is_the_dataclass_default():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_objective_on_disk_has_its_fields_as_flags(name):
-    run = parse_pretrain(["--objective", name.upper()])
-    assert run.objective == load_objective(name)()
+    method = load_objective(name)()
+    teacher = ["--teacher", "some/encoder"] if method.teacher_kind == "frozen" else []
+    run = parse_pretrain(["--objective", name.upper(), *teacher])
+    assert (run.objective, run.attack) == (method, method.training_attack)
+    assert {key: getattr(run.training, key) for key in method.recipe} == method.recipe
+
+
+def test_a_recipe_stands_under_yaml_and_flags(config):
+    path = config("objective: fare", "teacher: some/encoder", "learning_rate: 2.0e-5", "eps: 2/255")
+    run = parse_pretrain(["--config", path, "--steps", "3"])
+    assert (run.training.learning_rate, run.attack.eps, run.attack.steps) == (2e-5, 2 / 255, 3)
+    assert (run.training.optimizer, run.training.weight_decay, run.attack.step_size) == ("adamw", 1e-4, 1 / 255)
+    assert parse_pretrain([]).training.optimizer == "lars" and parse_pretrain([]).attack == PGD()
+
+
+def test_a_frozen_teacher_is_named_where_one_is_needed(refused):
+    assert parse_pretrain(["--objective", "deacl", "--teacher", "some/encoder"]).model.teacher == "some/encoder"
+    assert refused("--objective", "deacl").startswith(
+        "DeACL learns from a frozen teacher: add --teacher with the folder of an encoder, a Hub repository or a timm"
+    )
+    assert refused("--objective", "acl", "--teacher", "x/y") == (
+        "--teacher x/y has no meaning for ACL: only methods such as deacl and fare learn from a frozen one"
+    )
 
 
 def test_flags_reach_every_part():
@@ -80,6 +102,17 @@ def test_flags_reach_every_part():
     training = run.training
     assert (training.learning_rate, training.optimizer, training.num_train_epochs) == (1e-3, "adamw", 2.5)
     assert training.bf16 is True and training.seed == 7
+
+
+def test_sources_of_pseudo_labels(refused, tmp_path):
+    run = parse_pretrain(["--objective", "advcl", "--clusters", "2", "10", "--teacher", "some/encoder"])
+    assert run.objective == AdvCL(clusters=[2, 10]) and run.model.teacher == "some/encoder"
+    assert parse_pretrain(["--objective", "advcl", "--pseudo_labels", "a.json"]).model.pseudo_labels == "a.json"
+    assert refused("--objective", "acl", "--pseudo_labels", "a.json") == (
+        "--pseudo_labels a.json has no meaning for ACL: only methods such as advcl learn them"
+    )
+    both = refused("--objective", "advcl", "--pseudo_labels", "a.json", "--teacher", "some/encoder")
+    assert both.startswith("--pseudo_labels are there already, so --teacher has nothing to cluster: give one")
 
 
 # ---------------------------------------------------------------------- budgets
@@ -151,6 +184,7 @@ def test_booleans_on_the_command_line_override_those_of_the_file(config):
     run = parse_pretrain(["--config", path, "--normalize", "true", "--channels_last", "false"])
     assert run.model.normalize is True and run.training.channels_last is False
     assert parse_pretrain(["--config", config("normalize: true"), "--no_normalize"]).model.normalize is False
+    assert parse_pretrain([]).model.normalize is None  # as the method was published
 
 
 def test_unknown_keys_are_errors_with_a_suggestion(refused, config):
@@ -244,7 +278,7 @@ def test_objective_and_base_of_the_command_line_win(config):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--objective aclx", "unknown objective 'aclx': did you mean 'acl'? known objectives are acl, air, dynacl"),
+        ("--objective aclx", "unknown objective 'aclx': did you mean 'acl'? known objectives are a_infonce, acl, adv"),
         ("--objective", "argument --objective: expected one argument"),
         ("--objective AFF", "AFF fine-tunes an encoder: run examples/finetune.py --mode aff"),
         ("--objective air --base slf", "slf fine-tunes an encoder: run examples/finetune.py --mode slf"),

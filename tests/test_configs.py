@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from hf_robust.cli import parse_pretrain
+from hf_robust.runs.pretrain import NETWORK_FLAGS, model_config
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -23,6 +24,9 @@ PUBLISHED = sorted(
 )
 SELECTED = sorted(f"{method}_rcs_{data}" for method in ("acl", "dynacl") for data in ("cifar10", "cifar100", "stl10"))
 IMAGENET = ["acl_rcs_imagenet32", "sat_rcs_imagenet224", "sat_rcs_imagenet32"]
+LEADERBOARD = ["advcl_cifar10", "advcl_cifar100", "rocl_cifar10", "rocl_cifar100"]
+TAUGHT = ["deacl_cifar10", "deacl_cifar100", "fare_imagenet224"]
+HOSTED = [f"a_infonce_{host}_{data}" for host in ("advcl", "rocl") for data in ("cifar10", "cifar100")]
 # "ACL, train_simCLR.py: --lr 5.0", or "ours: why".
 SOURCE = re.compile(r"(?P<code>[A-Za-z]+), [\w/.-]+\.(py|sh|md): \S.*|ours: \S.*")
 BUDGET = re.compile(r"\d+/\d+")
@@ -83,7 +87,9 @@ def lines_without_source(text: str) -> list[str]:
 
 
 def test_one_file_per_published_run_and_the_small_ones():
-    assert [path.stem for path in FILES] == sorted([*PUBLISHED, *SELECTED, *IMAGENET, "cifar10_cpu", "digits_cpu"])
+    assert [path.stem for path in FILES] == sorted(
+        [*PUBLISHED, *SELECTED, *IMAGENET, *LEADERBOARD, *TAUGHT, *HOSTED, "cifar10_cpu", "digits_cpu"]
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -97,7 +103,7 @@ def test_well_formed(path):
         assert BUDGET.fullmatch(values[budget]), f"write {budget} as a fraction of 255"
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *SELECTED, *IMAGENET])
+@pytest.mark.parametrize("name", [*PUBLISHED, *SELECTED, *IMAGENET, *LEADERBOARD, *TAUGHT, *HOSTED])
 def test_every_value_of_a_published_run_names_its_source(name):
     assert lines_without_source((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")) == []
 
@@ -198,6 +204,56 @@ def test_imagenet_runs(name):
     assert Fraction("8/765") == Fraction(4, 255) * 2 / 3
     assert values["coreset_validation_fraction"] == 0.005 and values["normalize"] is False
     assert values.get("lr_milestones") == ([29, 59] if name.endswith("224") else None)
+
+
+@pytest.mark.parametrize("name", ["advcl", "rocl", "deacl", "a_infonce_advcl", "a_infonce_rocl"])
+def test_what_a_run_on_cifar100_changes(name):
+    """Data, names, and what its own script says: nothing else, so that a change of one file reaches the other."""
+    ten, hundred = (
+        read((CONFIGS / f"{name}_{data}.yaml").read_text(encoding="utf-8")) for data in ("cifar10", "cifar100")
+    )
+    changed = {key: value for key, value in hundred.items() if ten.get(key) != value}
+    own = {
+        "a_infonce_advcl": {"sigma": 0.3, "pair_weight": 1.5, "sigma_warmup": 0.05, "minimal_distance": 0.5}
+        | {"tau_plus": 0.01},
+        "a_infonce_rocl": {"tau_plus": 0.1, "learning_rate": 3.0},
+        "deacl": {"teacher": "outputs/simclr_cifar100/encoder"},
+    }
+    data = {"dataset_name": "uoft-cs/cifar100", "label_column": "fine_label", "output_dir": f"outputs/{name}_cifar100"}
+    assert ten.keys() == hundred.keys() and changed == data | own.get(name, {})
+
+
+@pytest.mark.parametrize("name", [*LEADERBOARD, *TAUGHT])
+def test_the_defaults_of_a_method_are_those_of_its_published_run(name):
+    """So that the name of the method alone, with data of one's own, trains as published."""
+    run = parse_pretrain(["--config", str(CONFIGS / f"{name}.yaml")])
+    method, dataset = type(run.objective).__module__.rpartition(".")[2], run.data.dataset_name
+    teacher = ["--teacher", "some/encoder"] if run.objective.teacher_kind == "frozen" else []
+    plain = parse_pretrain(["--objective", method, "--dataset_name", dataset, *teacher])
+    assert plain.objective == run.objective and plain.attack == run.attack
+    recipe = dict(run.objective.recipe)
+    assert {key: getattr(run.training, key) for key in recipe} == recipe
+    assert {key: getattr(plain.training, key) for key in recipe} == recipe
+    chosen = {key: getattr(run.model, key) for key in NETWORK_FLAGS if getattr(run.model, key) is not None}
+    assert chosen.items() <= run.objective.network.items()
+    decided = None if run.objective.starts_from_teacher else "mean" not in run.objective.network
+    assert run.model.normalize is decided
+
+
+def test_the_network_is_the_methods_unless_flags_say_otherwise():
+    def network(*flags):
+        run = parse_pretrain(["--dataset_name", "some/set", "--objective", *flags])
+        return model_config(run, run.objective, 32, 10)
+
+    published = network("advcl", "--clusters", "2", "10")
+    assert (published.projector_layers, published.projector_dim, published.mean) == (2, 128, None)
+    assert (published.projector_norms, published.projector_norm_branches) == ("hidden", "shared")
+    assert published.branch_heads == {"adv_ce": [2, 10]} and published.norm_branches == ("clean", "adv", "adv_ce")
+    other = network("advcl", "--projector_layers", "3", "--projector_norm_branches", "own", "--normalize", "true")
+    assert (other.projector_layers, other.projector_dim, other.projector_norm_branches) == (3, 128, "own")
+    assert other.mean == network("acl").mean == (0.485, 0.456, 0.406)
+    assert network("acl", "--normalize", "false").mean is None
+    assert (network("acl").projector_layers, network("sat").head, network("sat").num_classes) == (3, "classifier", 10)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

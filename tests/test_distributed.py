@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file
 from training import tiny_images
 
+from hf_robust.flags import method_names
 from hf_robust.hub import load_encoder
 
 TESTS = Path(__file__).parent
-# objective - norm statistics: frozen, or of the whole batch in train mode
-EQUAL = ["acl-frozen", "air-frozen", "acl-sync", "air-sync"]
+# objective - norm statistics: frozen, or of the whole batch in train mode (double: in float64)
+EQUAL = [f"{method}-{norms}" for norms in ("frozen", "sync") for method in ("acl", "air", "advcl", "rocl")]
+EQUAL += ["ainfonce-frozen", "deacl-double", "fare-sync"]
+EQUAL += sorted({f"{method}-frozen" for method in method_names(finetuning=False)} - set(EQUAL))  # by existing
 FINETUNING = [f"finetune-{method}-{norms}" for method in ("aff", "autolora", "lora") for norms in ("frozen", "sync")]
 SELECTIONS = ["rcs-batch", "rcs-sample"]
 SHARDED = ["shard-lars", "shard-adamw"]
@@ -86,6 +89,14 @@ def test_several_processes_equal_one(one, world, case, request):
         close(found["gradients"], expected["gradients"], 2e-5 if case in FINETUNING else 1e-5)
         for name, buffer in expected["buffers"].items():
             torch.testing.assert_close(found["buffers"][name], buffer, atol=1e-5, rtol=1e-5)
+
+
+def test_all_processes_remember_what_one_would(one, two):
+    expected = one["ainfonce-frozen"]["memory"]
+    assert expected["distance_images"] == 8
+    for rank in two:
+        assert rank["ainfonce-frozen"]["memory"] == two[0]["ainfonce-frozen"]["memory"]
+        assert rank["ainfonce-frozen"]["memory"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("case", FINETUNING)

@@ -319,14 +319,23 @@ def flag_tables() -> Any:
 
 def test_tables_of_flags_are_current():
     tables = flag_tables()
-    for page in PAGES:
+    for page in tables.PAGES:
         text = page.read_text(encoding="utf-8")
         assert tables.rewritten(text) == text, f"{title(page)}: run python docs/site/flag_tables.py"
 
 
-def test_tables_of_flags_can_be_out_of_date():
-    page = (DOCS / "methods" / "acl.md").read_text(encoding="utf-8")
-    assert flag_tables().rewritten(page.replace("`--temperature`", "`--warmth`")) == page
+@pytest.mark.parametrize(
+    ("page", "old", "new"),
+    [
+        (DOCS / "methods" / "acl.md", "`--temperature`", "`--warmth`"),
+        (DOCS / "methods" / "index.md", "you want the plain robust baseline", "never"),
+        (README, "[DeACL](docs/methods/deacl.md)", "DeACL"),
+    ],
+    ids=["flags", "methods", "readme"],
+)
+def test_tables_can_be_out_of_date(page, old, new):
+    text = page.read_text(encoding="utf-8")
+    assert old in text and flag_tables().rewritten(text.replace(old, new)) == text
 
 
 def test_every_method_has_a_page_with_its_parts():

@@ -246,7 +246,7 @@ def test_a_class_that_would_have_no_training_image_is_named():
 def test_sigkill_in_mid_epoch_and_resume_end_bit_identical(tmp_path):
     """12 steps, 4 per epoch, checkpoints after 5 and 10, in the second and the third epoch."""
     straight = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "straight"])
-    killed = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "killed", "--seconds_per_step", "1.0"])
+    killed = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "killed", "--seconds_per_step", "0.5"])
     deadline = time.time() + 240
     while checkpoints.latest_complete(tmp_path / "killed") != str(tmp_path / "killed" / "checkpoint-5"):
         assert killed.poll() is None and time.time() < deadline

@@ -10,6 +10,7 @@ from training import tiny_images, tiny_model, tiny_trainer
 from hf_robust import memory_model
 from hf_robust.memory_model import StepMemory, check_memory, free_memory, step_memory, suggest_batch_size
 from hf_robust.objectives import load_objective
+from hf_robust.objectives.a_infonce import AInfoNCE
 from hf_robust.objectives.acl import ACL
 
 LOGGER = "hf_robust.memory_model"
@@ -79,6 +80,12 @@ def test_the_model_and_the_random_state_stay_as_they_are():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any("Fake" in type(p).__name__ for p in model.parameters())
+
+
+def test_a_method_that_asks_for_a_number_of_the_step_is_foreseen():
+    objective = AInfoNCE(ACL(), "ip", sigma_warmup=0.5)
+    plain = step_memory(tiny_model(ACL()), ACL(), 8).activations
+    assert step_memory(tiny_model(objective), objective, 8).activations >= plain > 0
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"processes": 0}, {"precision": "int8"}, {"optimizer": "adam"}])

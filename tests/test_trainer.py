@@ -41,7 +41,7 @@ def test_sigkill_in_mid_epoch_and_resume_end_bit_identical(tmp_path, flags, last
     With a coreset 18 steps, 3 per round: the kill comes in the third coreset, which step 16 has begun to train on.
     """
     straight = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "straight", *flags])
-    killed = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "killed", "--seconds_per_step", "1.0", *flags])
+    killed = subprocess.Popen([sys.executable, SCRIPT, tmp_path / "killed", "--seconds_per_step", "0.5", *flags])
     deadline = time.time() + 240
     while checkpoints.latest_complete(tmp_path / "killed") != str(tmp_path / "killed" / f"checkpoint-{last}"):
         assert killed.poll() is None and time.time() < deadline

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from hf_robust import crops as crops_module
 from hf_robust import views as views_module
+from hf_robust.frequencies import high_pass
 from hf_robust.views import ViewParameters, Views, apply_parameters, sample_parameters
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -52,20 +53,24 @@ def pil_resize(image: Image.Image, height: int, width: int, interpolation: str) 
     return rows_done.resize((width, height), FILTERS[interpolation])
 
 
-def pil_view(image: torch.Tensor, parameters: ViewParameters, row: int, size: int, interpolation: str) -> torch.Tensor:
+def pil_crop(image: Image.Image, parameters: ViewParameters, row: int, size: int, interpolation: str) -> Image.Image:
     top, left, height, width = (
         int(field[row]) for field in (parameters.top, parameters.left, parameters.height, parameters.width)
     )
-    view = pil_resize(F.crop(to_pil(image), top, left, height, width), size, size, interpolation)
-    if parameters.flip[row]:
-        view = F.horizontal_flip(view)
+    view = pil_resize(F.crop(image, top, left, height, width), size, size, interpolation)
+    return F.horizontal_flip(view) if parameters.flip[row] else view
+
+
+def pil_colours(view: Image.Image, parameters: ViewParameters, row: int) -> Image.Image:
     amounts = (parameters.brightness, parameters.contrast, parameters.saturation, parameters.hue)
     if parameters.jitter[row]:
         for operation in parameters.order[row].tolist():
             view = ADJUST[operation](view, float(amounts[operation][row]))
-    if parameters.gray[row]:
-        view = F.rgb_to_grayscale(view, num_output_channels=3)
-    return from_pil(view)
+    return F.rgb_to_grayscale(view, num_output_channels=3) if parameters.gray[row] else view
+
+
+def pil_view(image: torch.Tensor, parameters: ViewParameters, row: int, size: int, interpolation: str) -> torch.Tensor:
+    return from_pil(pil_colours(pil_crop(to_pil(image), parameters, row, size, interpolation), parameters, row))
 
 
 def to_levels(views: torch.Tensor) -> torch.Tensor:
@@ -181,10 +186,34 @@ def test_whole_pipeline_equals_pil(image_size, size, interpolation):
 def test_both_device_forms_agree(image_size, interpolation):
     images = make_images(150, *image_size)  # more than one chunk
     parameters = draw(150, image_size)
-    grouped = views_module._apply_grouped(images, parameters, 32, interpolation)
-    masked = views_module._apply_masked(images, parameters, 32, interpolation)
+    grouped = views_module._apply_grouped(images, parameters, 32, interpolation, False)
+    masked = views_module._apply_masked(images, parameters, 32, interpolation, False)
     assert torch.equal(grouped, masked)
     assert torch.equal(grouped, apply_parameters(images, parameters, size=32, interpolation=interpolation))
+
+
+@pytest.mark.parametrize(("image_size", "size"), [((32, 32), 32), ((40, 60), 32)])
+def test_colours_before_the_crop_equal_pil(image_size, size):
+    images = make_images(150, *image_size)  # more than one chunk
+    parameters = draw(150, image_size)
+    views = apply_parameters(images, parameters, size=size, colors_first=True)
+    slow = [
+        from_pil(pil_crop(pil_colours(to_pil(image), parameters, row), parameters, row, size, "bicubic"))
+        for row, image in enumerate(images)
+    ]
+    error = (to_levels(views) - torch.stack(slow)).abs()
+    assert share(error <= 1) > 0.997 and share(error == 0) > 0.99
+    usual = apply_parameters(images, parameters, size=size)
+    assert share((views - usual).abs() > 1.5 / 255) > 0.1  # the order of the two matters
+    assert torch.equal(views, views_module._apply_masked(images, parameters, size, "bicubic", True))
+
+
+def test_colours_first_is_an_option_of_views():
+    images = make_images(20, 40, 40)
+    made = Views(32, colors_first=True)(images, ["view_1"], generator=torch.Generator().manual_seed(3))["view_1"]
+    assert torch.equal(made, apply_parameters(images, draw(20, (40, 40), seed=3), size=32, colors_first=True))
+    assert repr(Views(32, colors_first=True)) == "Views(size=32, interpolation='bicubic', colors_first=True)"
+    assert repr(Views(32)) == "Views(size=32, interpolation='bicubic')"  # checkpoints hold this text
 
 
 def test_accelerator_form_depends_on_no_data():
@@ -192,8 +221,9 @@ def test_accelerator_form_depends_on_no_data():
     images = torch.empty(6, 3, 40, 30, dtype=torch.uint8, device="meta")
     made = Views(32)(images, ["view_1", "original"])
     assert all(view.shape == (6, 3, 32, 32) and view.device.type == "meta" for view in made.values())
+    drawn = sample_parameters(6, image_size=(40, 30), device="meta")
     with pytest.raises((NotImplementedError, RuntimeError)):
-        views_module._apply_grouped(images, sample_parameters(6, image_size=(40, 30), device="meta"), 32, "bicubic")
+        views_module._apply_grouped(images, drawn, 32, "bicubic", False)
 
 
 def test_weights_of_accelerators_survive_tf32():
@@ -212,7 +242,7 @@ def test_autocast_changes_nothing():
     expected = apply_parameters(images, parameters, size=32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(apply_parameters(images, parameters, size=32), expected)
-        assert torch.equal(views_module._apply_masked(images, parameters, 32, "bicubic"), expected)
+        assert torch.equal(views_module._apply_masked(images, parameters, 32, "bicubic", False), expected)
 
 
 def test_every_image_draws_its_own_parameters():
@@ -409,6 +439,34 @@ def test_original_is_resized_as_pil_does(image_size, size, interpolation):
         assert share(error == 0) > (0.995 if interpolation == "bicubic" else 0.96)  # ties of the triangle filter
 
 
+@pytest.mark.parametrize("size", [32, 16])
+def test_high_frequencies_are_those_of_the_same_crop(size):
+    images = make_images(4, 40, 40)
+    made = Views(size)(images, ["padded_crop", "view_1", "high_frequency"], generator=torch.Generator().manual_seed(3))
+    assert torch.equal(made["high_frequency"], high_pass(made["padded_crop"], size / 4))  # 8 at 32 pixels, published
+    with_others = Views(size)(images, ["padded_crop"], generator=torch.Generator().manual_seed(3))
+    assert torch.equal(with_others["padded_crop"], made["padded_crop"])
+    for names in (["high_frequency"], ["high_frequency", "padded_crop"]):
+        with pytest.raises(ValueError, match="'high_frequency' is made of 'padded_crop': name that one before it"):
+            Views(size)(images, names)
+
+
+def test_the_smallest_crop_is_an_option_of_views():
+    images = make_images(20, 40, 40)
+    made = Views(32, minimal_area=0.2)(images, ["view_1"], generator=torch.Generator().manual_seed(3))["view_1"]
+    assert torch.equal(made, apply_parameters(images, draw(20, (40, 40), seed=3, minimal_area=0.2), size=32))
+    area = [parameters.height * parameters.width for parameters in (draw(2000), draw(2000, minimal_area=0.5))]
+    assert area[0].min() < 0.13 * 32 * 32 and area[1].min() > 0.45 * 32 * 32
+    whole = draw(50, minimal_area=0.2, strength=0.0)
+    assert torch.equal(whole.height, draw(50, strength=0.0).height)
+    assert repr(Views(32, minimal_area=0.2)) == "Views(size=32, interpolation='bicubic', minimal_area=0.2)"
+    for area in (0.0, 1.5):
+        with pytest.raises(
+            ValueError, match=rf"minimal_area must be in \(0, 1\], got {area}: ACL takes 0.1, AdvCL 0.2"
+        ):
+            Views(32, minimal_area=area)
+
+
 def test_an_empty_batch_gives_empty_views():
     made = Views(32)(torch.empty(0, 3, 40, 32, dtype=torch.uint8), ["view_1", "original"])
     assert all(view.shape == (0, 3, 32, 32) for view in made.values())
@@ -435,10 +493,8 @@ def test_images_of_the_wrong_kind():
 
 def test_unknown_names():
     images = make_images(2, 32, 32)
-    with pytest.raises(
-        ValueError,
-        match=r"unknown view 'orignal': known are view_1, view_2, original, padded_crop, resized_crop; .*'original'",
-    ):
+    known = "view_1, view_2, original, padded_crop, resized_crop, high_frequency"
+    with pytest.raises(ValueError, match=rf"unknown view 'orignal': known are {known}; .*'original'"):
         Views(32)(images, ["view_1", "orignal"])
     with pytest.raises(ValueError, match=r"got the string 'view_1': write \['view_1'\]"):
         Views(32)(images, "view_1")

@@ -23,6 +23,7 @@ from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretraini
 from hf_robust.objectives import Objective
 from hf_robust.objectives.dynacl import DynACL
 from hf_robust.pretrainer import RobustPretrainer
+from hf_robust.teachers import FrozenTeacher
 from hf_robust.training_args import RobustTrainingArguments
 
 
@@ -42,15 +43,32 @@ def tiny_model(objective: Objective, seed: int = 0, **config: Any) -> RobustMode
         "model_args": {"channels": [8, 8, 8, 8], "stem_stride": 2},
         "image_size": 8,
         "norm_branches": objective.norm_branches,
-        **({"head": "classifier", "num_classes": 3} if objective.needs_labels else {}),
+        "head": objective.head,
+        **({"num_classes": 3} if objective.needs_labels else {}),
+        **objective.network,
     }
     model = RobustModelForPreTraining(RobustPretrainingConfig(**{**values, **config}))
     method: Any = objective
     if "lora" in method.paths:
         return with_lora_path(model, method.rank, method.init, method.norm_update)
     if method.trains == "adapter":
-        return with_adapter(model, method.rank, method.alpha)
+        rank = getattr(method, "adapter_rank", None) or method.rank
+        return with_adapter(model, rank, getattr(method, "alpha", None))
     return model
+
+
+def tiny_vit(**config: Any) -> dict[str, Any]:
+    """Configuration of a transformer with two blocks, for `tiny_model`."""
+    blocks = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return {"architecture": "vit_tiny_patch4_32", "model_args": blocks, **config}
+
+
+def tiny_teacher(objective: Objective, seed: int = 5, **config: Any) -> FrozenTeacher | None:
+    """A frozen network as wide as `tiny_model`, of other weights, for methods that learn from one."""
+    if objective.teacher_kind != "frozen":
+        return None
+    with torch.random.fork_rng():
+        return FrozenTeacher(tiny_model(objective, seed, **config), "tiny")
 
 
 def tiny_rcs(**changes: Any) -> RCS:
@@ -65,6 +83,8 @@ def tiny_trainer(
     data: ImageDataset | None = None,
     model: Any = None,
     coreset: CoresetMethod | None = None,
+    teacher: Any = None,
+    pseudo_labels: Any = None,
     **arguments: Any,
 ) -> RobustPretrainer:
     """A trainer for 2 epochs of 6 steps."""
@@ -89,6 +109,8 @@ def tiny_trainer(
         train_dataset=data if data is not None else tiny_images(),
         eval_dataset=tiny_images(9, seed=1),
         coreset=coreset,
+        teacher=teacher if teacher is not None else tiny_teacher(objective),
+        pseudo_labels=pseudo_labels,
     )
 
 

@@ -1,9 +1,10 @@
-"""Tables of flags in the documentation, written from the dataclasses that the command lines are made of.
+"""Tables of flags and methods in the documentation, written from the classes that the command lines are made of.
 
     python docs/site/flag_tables.py
 
 rewrites every table that stands between `<!-- flags: module:Class [prefix=coreset_] [without=base] -->` (or
-`recipe: module:Class`, a method's published settings) and `<!-- end -->`. A test fails when a table is out of date.
+`recipe: module:Class`, a method's published settings, or `methods: FOLDER`, all pre-training methods, with the folder
+of their pages as seen from this one) and `<!-- end -->`. A test fails when a table is out of date.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import sys
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
-from hf_robust.flags import show_budget
+from hf_robust.flags import method_names, show_budget
+from hf_robust.objectives import Objective, load_objective
 
 DOCS = Path(__file__).resolve().parents[1]
-_TABLE = re.compile(r"<!-- (flags|recipe): (\S+)((?: \w+=\S+)*) -->\n.*?<!-- end -->", flags=re.DOTALL)
+PAGES = (DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md")))
+_TABLE = re.compile(r"<!-- (flags|recipe|methods): (\S+)((?: \w+=\S+)*) -->\n.*?<!-- end -->", flags=re.DOTALL)
 _BUDGETS = ("eps", "step_size")
 
 
@@ -33,10 +37,13 @@ def rewritten(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind, where, options = match.groups()
-        module, _, name = where.partition(":")
-        found = getattr(importlib.import_module(module), name)
         settings = dict(option.split("=") for option in options.split())
-        lines = recipe(found) if kind == "recipe" else flags(found, **settings)
+        if kind == "methods":
+            lines = methods(where, **settings)
+        else:
+            module, _, name = where.partition(":")
+            found = getattr(importlib.import_module(module), name)
+            lines = recipe(found) if kind == "recipe" else flags(found, **settings)
         return "\n".join([f"<!-- {kind}: {where}{options} -->", "", *lines, "", "<!-- end -->"])
 
     return _TABLE.sub(table, text)
@@ -75,6 +82,44 @@ def recipe(kind: Any) -> list[str]:
     return [*lines, *(f"| `--{name}` | {shown(name, value)} |" for name, value in values.items())]
 
 
+def methods(folder: str, columns: str = "all") -> list[str]:
+    """Lines of the table of the methods that pre-train an encoder, in the order of their files.
+
+    Args:
+        folder (`str`): of their pages, relative to the page with the table.
+        columns (`str`): `"all"`, or `"few"` for name, line and when to take it.
+    """
+    heads = ["`--objective`", "method", "in one line", "take it when"]
+    heads += ["norm branches", "learns from", "views", "attack in training"] if columns == "all" else []
+    folder = "" if folder == "." else f"{folder}/"
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for name in method_names(finetuning=False):
+        kind = load_objective(name)
+        about = (sys.modules[kind.__module__].__doc__ or "").partition("\n")[0].rstrip(".")
+        spelt, _, line = about.partition(": ")
+        cells = [f"`{name}`", f"[{spelt}]({folder}{name}.md)", line, kind.take_when]
+        lines.append(f"| {' | '.join([*cells, *(declared(kind()) if columns == 'all' else [])])} |")
+    return lines
+
+
+def declared(objective: Objective) -> list[str]:
+    """What a method says it needs: norm branches, labels or teacher, views, attack.
+
+    Args:
+        objective ([`Objective`]): with its defaults.
+    """
+    sources = ["labels"] if objective.needs_labels else []
+    sources += ["pseudo-labels: clusters of an encoder"] if objective.pseudo_classes else []
+    sources += ["a frozen encoder"] if objective.teacher_kind == "frozen" else []
+    attack = objective.training_attack.title if objective.adversarial else "none"
+    return [
+        ", ".join(f"`{branch}`" for branch in objective.norm_branches),
+        " and ".join(sources) or "images alone",
+        ", ".join(f"`{view}`" for view in objective.views),
+        attack,
+    ]
+
+
 def shown(name: str, value: Any) -> str:
     """A default as one writes it on the command line."""
     if value is None:
@@ -105,7 +150,7 @@ def _ours(kind: Any, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    for page in sorted(DOCS.rglob("*.md")):
+    for page in PAGES:
         before = page.read_text(encoding="utf-8")
         if (after := rewritten(before)) != before:
             page.write_text(after, encoding="utf-8")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import load_records, mean_and_spread, read_flags, work_through
+from cells import flags, load_records, mean_and_spread, work_through
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 
@@ -328,7 +328,7 @@ def plot(groups: dict[str, list[dict[str, Any]]], robust: str, path: Path) -> No
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags."""
-    options = read_flags(__doc__, "outputs/attack_study", SIZES, "decay3-seed1", argv)
+    options = flags(__doc__, "outputs/attack_study", SIZES, "decay3-seed1").parse_args(argv)
     {"run": run, "report": report}[options.command](options)
 
 

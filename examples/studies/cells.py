@@ -12,18 +12,19 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 __all__ = [
     "Named",
     "claim",
+    "finished",
+    "flags",
     "is_finished",
     "is_running",
     "load_records",
     "mean_and_spread",
-    "read_flags",
     "work_through",
 ]
 
@@ -127,12 +128,17 @@ def claim(lock: Path) -> bool:
     return False
 
 
-def load_records(folder: Path) -> Iterator[dict[str, Any]]:
-    """What the finished cells found, in the order of their names; ends the program where there is none."""
-    paths = sorted((folder / "cells").glob("*.json"))
-    if not paths:
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """What the finished cells found, in the order of their names."""
+    return [json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))]
+
+
+def load_records(folder: Path) -> list[dict[str, Any]]:
+    """What the finished cells found; ends the program where there is none."""
+    records = finished(folder)
+    if not records:
         sys.exit(f"error: no finished cell in {folder / 'cells'}: start with `run`")
-    yield from (json.loads(path.read_text()) for path in paths)
+    return records
 
 
 def mean_and_spread(group: list[dict[str, Any]], key: str, scale: float = 1.0, digits: int = 1) -> str:
@@ -142,17 +148,17 @@ def mean_and_spread(group: list[dict[str, Any]], key: str, scale: float = 1.0, d
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def read_flags(
-    description: str | None, output_dir: str, sizes: Iterable[str], example: str, argv: Sequence[str] | None = None
-) -> argparse.Namespace:
-    """The flags of a study that trains on a labelled set of images.
+def flags(
+    description: str | None, output_dir: str, sizes: Iterable[str], example: str, seeds: int = 3
+) -> argparse.ArgumentParser:
+    """A parser of the flags of a study that trains on a labelled set of images.
 
     Args:
         description (`str`): what `--help` begins with.
         output_dir (`str`): default of the flag.
         sizes (`Iterable[str]`): names of how large it may be; has `"cpu"`, the default.
         example (`str`): of the name of a cell.
-        argv (`Sequence[str]`, *optional*): default: the command line.
+        seeds (`int`): how many by default.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "report"))
@@ -161,7 +167,7 @@ def read_flags(
     parser.add_argument("--label_column", help="Found by type when unset.")
     parser.add_argument("--output_dir", default=output_dir, help="Folder of the study.")
     parser.add_argument("--size", choices=sorted(sizes), default="cpu", help="How large: see above.")
-    parser.add_argument("--seeds", type=int, default=3, help="Seeds 1 to this.")
+    parser.add_argument("--seeds", type=int, default=seeds, help="Seeds 1 to this.")
     parser.add_argument("--only", help=f"Run only cells whose name contains this, e.g. {example}.")
     parser.add_argument("--threads", type=int, default=1, help="Threads of this process.")
-    return parser.parse_args(argv)
+    return parser

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import load_records, mean_and_spread, read_flags, work_through
+from cells import flags, load_records, mean_and_spread, work_through
 from transformers import set_seed
 
 from hf_robust.attacks import PGD
@@ -335,7 +335,7 @@ def plot(groups: dict[tuple[str, float], list[dict[str, Any]]], robust: str, tit
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags."""
-    options = read_flags(__doc__, "outputs/coreset_study", SIZES, "acl-rcs-0.1", argv)
+    options = flags(__doc__, "outputs/coreset_study", SIZES, "acl-rcs-0.1").parse_args(argv)
     {"run": run, "report": report}[options.command](options)
 
 

@@ -138,7 +138,7 @@ class _Copy(nn.Module):
         self._targets: list[Tensor] = []
         self._sources: list[tuple[Any, str]] = []
         branch = model.norm_branch(path)
-        seed, normalize, head = torch.Generator().manual_seed(0), model.normalize, model.head_module
+        seed, normalize, head = torch.Generator().manual_seed(0), model.normalize, model.head_of(branch)
         pixels = torch.rand(2, 3, *[model.config.image_size] * 2, generator=seed).to(next(model.parameters()))
         self.backbone = self._copied(model.backbone, branch, normalize(pixels))
         self.folded = any(c.norm is not None for c in self._computed)
@@ -306,7 +306,7 @@ def _first_convolution(network: nn.Module) -> str | None:
 
 def _folded(plain: nn.Module, x: Tensor) -> tuple[nn.Module, dict[str, str]]:
     """A folded copy and the norms that each layer has taken in; the network itself where that does not work."""
-    x = x.to(next(plain.parameters()))
+    x = x.to(next(plain.parameters(), x))  # the features themselves, where there is no head
     try:
         folded, pairs = _fuse(plain)
         folded.eval().requires_grad_(False)

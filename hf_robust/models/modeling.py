@@ -2,93 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedModel
 
 from .backbones import create_backbone
 from .checkpointing import checkpoint_blocks
+from .configuration import RobustPretrainingConfig
+from .heads import LinearHeads, Projector
 from .norm import BranchSwitch, add_norm_branches, use_branch
 
 __all__ = ["InputNormalization", "Projector", "RobustModelForPreTraining", "RobustPretrainingConfig"]
-
-
-class RobustPretrainingConfig(PreTrainedConfig):
-    """Everything needed to rebuild a [`RobustModelForPreTraining`].
-
-    Args:
-        architecture (`str`): timm name of the backbone. Defaults to `"resnet18_cifar"`, the papers' on CIFAR.
-        model_args (`dict[str, Any]`, *optional*): Further arguments of the architecture.
-        image_size (`int`): Side of the training images in pixels. Defaults to 32.
-        norm_branches (`Sequence[str]`): Names of the norm branches. Defaults to ``("clean", "adv")``; a single name
-            leaves the norm layers plain.
-        head (`str`): What stands on the features: `"projector"` (contrastive methods, the default) or `"classifier"`,
-            one linear layer for supervised ones.
-        num_classes (`int`, *optional*): Outputs of the classifier, at least 2; left out with a projector.
-        projector_layers (`int`): 2 or 3. Defaults to 3, as released for the CIFAR and STL networks. Without effect
-            for a classifier, as is `projector_dim`.
-        projector_dim (`int`, *optional*): Width of the embedding. The backbone's feature width by default.
-        mean (`Sequence[float]`, *optional*): Subtracted from the pixels per channel. ImageNet's by default, as
-            released for every ResNet-18; `None` (with `std=None`) for no normalisation.
-        std (`Sequence[float]`, *optional*): Divides the pixels per channel.
-
-    Raises:
-        ValueError: For an impossible set of branches, an unknown head, a classifier without number of classes (or a
-            projector with one), a projector of another depth, or a mean without std.
-    """
-
-    model_type = "hf_robust_pretraining"
-
-    architecture: str = "resnet18_cifar"
-    model_args: dict[str, Any] | None = None
-    image_size: int = 32
-    norm_branches: Sequence[str] = ("clean", "adv")
-    head: Literal["projector", "classifier"] = "projector"
-    num_classes: int | None = None
-    projector_layers: int = 3
-    projector_dim: int | None = None
-    mean: Sequence[float] | None = (0.485, 0.456, 0.406)
-    std: Sequence[float] | None = (0.229, 0.224, 0.225)
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.model_args = dict(self.model_args or {})
-        self.norm_branches = BranchSwitch(self.norm_branches).branches
-        _check_head(self.head, self.num_classes)
-        if self.projector_layers not in (2, 3):
-            raise ValueError(f"projector_layers must be 2 or 3, got {self.projector_layers!r}: the papers use 3")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError(
-                f"mean and std go together, got mean={self.mean!r} and std={self.std!r}: "
-                "give both, or None for both to feed raw pixels"
-            )
-        # JSON has no tuples: a loaded configuration must equal the saved one.
-        self.mean = None if self.mean is None else tuple(float(v) for v in self.mean)
-        self.std = None if self.std is None else tuple(float(v) for v in self.std)
-        if self.std is not None and not all(v > 0 for v in self.std):
-            raise ValueError(f"std must be positive, got {self.std!r}: it divides the pixels")
-        super().__post_init__(**kwargs)
-
-
-def _check_head(head: str, num_classes: int | None) -> None:
-    if head not in ("projector", "classifier"):
-        raise ValueError(
-            f"head must be 'projector' or 'classifier', got {head!r}: contrastive methods train a projector, "
-            "supervised ones a classifier"
-        )
-    if head == "projector" and num_classes is not None:
-        raise ValueError(
-            f"a projector has no classes, got num_classes={num_classes!r}: write head='classifier', or leave "
-            "num_classes out and set projector_dim"
-        )
-    if head == "classifier" and (num_classes is None or num_classes < 2):
-        raise ValueError(
-            f"a classifier needs at least 2 classes, got num_classes={num_classes!r}: pass the num_classes of the "
-            "labelled data set, e.g. num_classes=10 for CIFAR-10"
-        )
 
 
 class InputNormalization(nn.Module):
@@ -119,32 +46,6 @@ class InputNormalization(nn.Module):
         return (x - self.mean) / self.std
 
 
-class Projector(nn.Sequential):
-    """The head between pooled features and contrastive loss: linear layers, each followed by batch norm.
-
-    ReLU stands between the layers and not at the end; only the first linear layer has a bias.
-
-    Args:
-        in_features (`int`): Width of the features, and of the hidden layers.
-        out_features (`int`): Width of the embedding.
-        layers (`int`): 2 or 3.
-
-    Source: `models/resnet_multi_bn.py` of the released code of ACL and RCS (three layers; its two-layer option and the
-    head of the ImageNet-32 network have this form with two).
-    """
-
-    def __init__(self, in_features: int, out_features: int, layers: int = 3) -> None:
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        for index in range(1, layers + 1):
-            last = index == layers
-            width = out_features if last else in_features
-            parts[f"fc{index}"] = nn.Linear(in_features, width, bias=index == 1)
-            parts[f"bn{index}"] = nn.BatchNorm1d(width)
-            if not last:
-                parts[f"act{index}"] = nn.ReLU(inplace=True)
-        super().__init__(parts)
-
-
 class RobustModelForPreTraining(PreTrainedModel):
     """A timm backbone and a head, whose norm layers have one branch per kind of input.
 
@@ -159,7 +60,9 @@ class RobustModelForPreTraining(PreTrainedModel):
         normalize (`nn.Module`): First layer of `features`.
         backbone (`nn.Module`): timm model without classifier.
         projector (`nn.Module`): Head of the contrastive loss; with `head="projector"` only.
-        classifier (`nn.Linear`): Head of the cross-entropy; with `head="classifier"` only.
+        classifier (`nn.Linear`): Head of the cross-entropy; with `head="classifier"` only. With `head="none"` there
+            is neither, and the output is the features.
+        branch_heads (`nn.ModuleDict`): [`LinearHeads`] by branch, where the configuration names any.
         num_features (`int`): Width of `features`.
 
     Raises:
@@ -188,11 +91,20 @@ class RobustModelForPreTraining(PreTrainedModel):
         add_norm_branches(self.backbone, switch=self.switch)
         if config.head == "classifier":
             self.classifier = nn.Linear(self.num_features, cast(int, config.num_classes))
-        else:
+        elif config.head == "projector":
             self.projector = Projector(
-                self.num_features, config.projector_dim or self.num_features, config.projector_layers
+                self.num_features,
+                config.projector_dim or self.num_features,
+                config.projector_layers,
+                config.projector_hidden_dim,
+                config.projector_norms,
             )
-            add_norm_branches(self.projector, switch=self.switch)
+            if config.projector_norm_branches == "own":
+                add_norm_branches(self.projector, switch=self.switch)
+        if config.branch_heads:
+            self.branch_heads = nn.ModuleDict(
+                {name: LinearHeads(self.num_features, sizes) for name, sizes in config.branch_heads.items()}
+            )
         self.post_init()
 
     @property
@@ -200,9 +112,21 @@ class RobustModelForPreTraining(PreTrainedModel):
         """What stands on the features, by whichever name it is saved.
 
         Returns:
-            `nn.Module`: The projector or the classifier.
+            `nn.Module`: The projector, the classifier or an `nn.Identity`.
         """
-        return self.classifier if self.config.head == "classifier" else self.projector
+        return nn.Identity() if self.config.head == "none" else self.get_submodule(self.config.head)
+
+    def head_of(self, branch: str) -> nn.Module:
+        """What stands on the features of a branch.
+
+        Args:
+            branch (`str`): One of `norm_branches`.
+
+        Returns:
+            `nn.Module`: Its own classifiers of `branch_heads`, else `head_module`.
+        """
+        own = self.config.branch_heads and branch in self.config.branch_heads
+        return self.branch_heads[branch] if own else self.head_module
 
     @property
     def default_branch(self) -> str:
@@ -304,20 +228,21 @@ class RobustModelForPreTraining(PreTrainedModel):
             return self.backbone(self.normalize(x))
 
     def head(self, features: torch.Tensor, branch: str) -> torch.Tensor:
-        """Output of the head: an embedding, not normalised to unit length, or class logits.
+        """Output of the head: an embedding, not normalised to unit length, class logits, or the features themselves.
 
         Args:
             features (`torch.Tensor`): Pooled features `(N, num_features)` of [`features`].
             branch (`str`): Norm branch to use.
 
         Returns:
-            `torch.Tensor`: `(N, P)`; P is `projector_dim`, or `num_classes` of a classifier.
+            `torch.Tensor`: `(N, P)`; P is `projector_dim`, `num_classes` of a classifier, or D without head; of a
+            branch in `branch_heads`, the sum of its classes.
 
         Raises:
             ValueError: For an unknown branch; the message lists the known ones.
         """
         with use_branch(self.switch, branch):
-            return self.head_module(features)
+            return self.head_of(branch)(features)
 
     def embed(self, x: torch.Tensor, branch: str) -> torch.Tensor:
         """Output of the head for images: `head(features(x, branch), branch)`.
@@ -327,7 +252,7 @@ class RobustModelForPreTraining(PreTrainedModel):
             branch (`str`): Norm branch to use.
 
         Returns:
-            `torch.Tensor`: `(N, P)`; P is `projector_dim`, or `num_classes` of a classifier.
+            `torch.Tensor`: `(N, P)`; P is `projector_dim`, `num_classes` of a classifier, or D without head.
 
         Raises:
             ValueError: For an unknown branch; the message lists the known ones.

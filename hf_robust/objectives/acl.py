@@ -31,6 +31,7 @@ class ACL(Objective):
         order of the train-mode passes: adversarial, then clean. Paper and code agree.
     """
 
+    take_when: ClassVar[str] = "you want the plain robust baseline"
     citation: ClassVar[str] = """@inproceedings{jiang2020acl,
   title     = {Robust Pre-Training by Adversarial Contrastive Learning},
   author    = {Jiang, Ziyu and Chen, Tianlong and Chen, Ting and Wang, Zhangyang},

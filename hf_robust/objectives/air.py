@@ -31,6 +31,7 @@ class AIR(Objective):
         contrastive loss over anchors where the code averages, which would make the regularisers 2N times lighter).
     """
 
+    take_when: ClassVar[str] = "the encoder will be used on other data, for one more clean pass per step"
     citation: ClassVar[str] = """@inproceedings{xu2023air,
   title     = {Enhancing Adversarial Contrastive Learning via Adversarial Invariant Regularization},
   author    = {Xu, Xilie and Zhang, Jingfeng and Liu, Feng and Sugiyama, Masashi and Kankanhalli, Mohan},

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_robust.attacks import PGD, LossFn
 from hf_robust.losses import cross_entropy, kl_divergence
 
-__all__ = ["AccuracyRequest", "Objective", "StepContext", "SupervisedObjective", "check_fit"]
+__all__ = ["AccuracyRequest", "Objective", "StepContext", "SupervisedObjective"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,13 @@ class StepContext:
         attack (`Callable[[LossFn, Tensor], Tensor]`): the training attack, ready to use: the model is frozen around
             it, autocast and the step's own random generator are set.
         progress (`float`): training progress in [0, 1], the only clock; weights and strength are functions of it.
-        teacher (`nn.Module`, *optional*): the second network of methods that declare `teacher_kind`.
+        teacher (`nn.Module`, *optional*): the second network of methods that declare `teacher_kind`; a frozen one is
+            called with images `(N, 3, H, W)` in [0, 1] and gives features `(N, D)` without a graph.
         autocast (`Callable[[], AbstractContextManager]`): the precision of the training, for passes of the teacher
             (the model and the attack are in it already).
         standard_accuracy (`float`): last answer to the objective's `accuracy_request`, in [0, 1]; 0 before the first.
+        memory (`dict[str, float]`): numbers that the method keeps from step to step, the same on all processes; it
+            writes them, the trainer saves them with its checkpoints.
         seen (`Callable[[Any], Any]`): the network to attack in the place of a (possibly wrapped) model or teacher,
             with its `features`, `head` and `embed`: the same function in the mode of the attack, perhaps faster.
             Asked for once per attack, right before it: it does not follow later changes of the weights.
@@ -59,6 +62,7 @@ class StepContext:
     teacher: Any = None
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     standard_accuracy: float = 0.0
+    memory: dict[str, float] = field(default_factory=dict)
     seen: Callable[[Any], Any] = unwrapped
 
 
@@ -69,25 +73,32 @@ class Objective:
     It owns no parameters and keeps no model. Attributes declare what it needs:
 
     - `views`: keys of the batch it reads, names that `hf_robust.views.Views` makes (`"view_1"`, `"view_2"`,
-      `"original"`, `"padded_crop"`, `"resized_crop"`);
+      `"original"`, `"padded_crop"`, `"resized_crop"`, `"high_frequency"`);
     - `norm_branches`: normalisation branches it runs images through; must equal the encoder's;
     - `trains`: `"all"`, `"classifier"` (the encoder stands still, running statistics included) or `"adapter"` (the
       encoder stands still, its adapters and the classifier train);
     - `needs_labels`: whether the batch holds `label`, int64 `(N,)`; supervised methods only;
+    - `head`: what stands on the features: `"projector"`, `"classifier"` or `"none"`;
+    - `network`: values of the model's configuration it was published with; the flags of the network override them;
+    - `view_options`: values of `hf_robust.views.Views` it was published with, beside size and interpolation;
+    - `pseudo_classes`: numbers of clusters K whose labels the batch holds as `pseudo_label_K`, int64 `(N,)`;
     - `attack_in_eval_mode`: whether the attack sees the network in evaluation mode;
-    - `teacher_kind`: `None` or `"ema"` (the trainer builds, updates, saves and exports it);
+    - `teacher_kind`: `None`, `"ema"` (the trainer builds, updates, saves and exports it) or `"frozen"` (an encoder
+      that is given to the trainer and never changes);
+    - `starts_from_teacher`: whether training begins at the weights of the frozen teacher;
     - `training_attack`: what the attack's flags default to;
     - `recipe`: published training settings, names of training arguments with their values, which flags default to;
       empty where the training arguments' own defaults are the published ones;
-    - `citation`: BibTeX of the method, for the model card.
+    - `citation`: BibTeX of the method, for the model card;
+    - `take_when`: when it is better than its neighbours, half a sentence for the table of methods.
     """
 
     trains: ClassVar[Literal["all", "classifier", "adapter"]] = "all"
     needs_labels: ClassVar[bool] = False
-    attack_in_eval_mode: ClassVar[bool] = True
     training_attack: ClassVar[PGD] = PGD()
     recipe: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     citation: ClassVar[str] = ""
+    take_when: ClassVar[str] = ""
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -134,6 +145,36 @@ class Objective:
     def teacher_kind(self) -> str | None:
         """Kind of second network: none by default."""
         return None
+
+    @property
+    def starts_from_teacher(self) -> bool:
+        """Whether the model is built as a copy of the frozen teacher: no by default."""
+        return False
+
+    @property
+    def head(self) -> Literal["projector", "classifier", "none"]:
+        """What stands on the features: a classifier for supervised methods, else a projector."""
+        return "classifier" if self.needs_labels else "projector"
+
+    @property
+    def network(self) -> Mapping[str, Any]:
+        """Values of `RobustPretrainingConfig` that differ from its defaults: none by default."""
+        return {}
+
+    @property
+    def view_options(self) -> Mapping[str, Any]:
+        """Values of `hf_robust.views.Views` that differ from its defaults: none by default."""
+        return {}
+
+    @property
+    def pseudo_classes(self) -> tuple[int, ...]:
+        """Numbers of clusters of the pseudo-labels that it learns: none by default."""
+        return ()
+
+    @property
+    def attack_in_eval_mode(self) -> bool:
+        """Whether the attack sees the network in evaluation mode: yes by default."""
+        return True
 
     @property
     def title(self) -> str:
@@ -331,46 +372,3 @@ def check_rank(rank: int) -> None:
     """
     if rank != int(rank) or rank < 1:
         raise ValueError(f"rank must be a whole number, 1 or more, got {rank}: the published value is 8")
-
-
-def check_fit(objective: Objective, model: Any, dataset: Any | None = None) -> None:
-    """Refuse a model or a training set that does not suit the method.
-
-    Args:
-        objective ([`Objective`]): the method.
-        model (`Any`): has `config.norm_branches` and, for supervised methods, `config.head`.
-        dataset (`Any`, *optional*): has `labels`, `num_classes` and `name`.
-
-    Raises:
-        ValueError: for other norm branches than the method's, a head of another kind, missing labels.
-    """
-    has = tuple(model.config.norm_branches)
-    if set(has) != set(objective.norm_branches):
-        raise ValueError(
-            f"{objective.title} runs images through the norm branches {list(objective.norm_branches)}, the model has "
-            f"{list(has)}: build the model with norm_branches={tuple(objective.norm_branches)!r}"
-        )
-    missing = [path for path in objective.paths if path not in getattr(model, "paths", has)]
-    if missing:
-        raise ValueError(
-            f"{objective.title} passes images through the path {missing[0]!r}, which the model has not: build it with "
-            "hf_robust.adapters.with_lora_path"
-        )
-    head, wanted = model.config.head, "classifier" if objective.needs_labels else "projector"
-    if head != wanted:
-        raise ValueError(
-            f"{objective.title} trains a {wanted}, the model has a {head}: build the model with head={wanted!r}"
-        )
-    if dataset is None or not objective.needs_labels:
-        return
-    if dataset.labels is None or len(dataset.labels.unique()) < 2:
-        found = "no labels" if dataset.labels is None else "images of one class only"
-        raise ValueError(
-            f"{objective.title} is supervised and {dataset.name!r} has {found}: name a label column "
-            "(--label_column), or train a self-supervised method such as --objective acl"
-        )
-    if dataset.num_classes > model.config.num_classes:
-        raise ValueError(
-            f"the classifier has {model.config.num_classes} outputs and {dataset.name!r} {dataset.num_classes} "
-            f"classes: build the model with num_classes={dataset.num_classes}"
-        )

@@ -31,6 +31,7 @@ class DynACL(ACL):
         We follow the paper's w = 2/3 (1 - s); `train_DynACL.py` is one notch ahead in the last epoch of each period.
     """
 
+    take_when: ClassVar[str] = "the run is long: stronger at the price of ACL"
     citation: ClassVar[str] = """@inproceedings{luo2023dynacl,
   title     = {Rethinking the Effect of Data Augmentation in Adversarial Contrastive Learning},
   author    = {Luo, Rundong and Wang, Yifei and Wang, Yisen},

@@ -27,6 +27,7 @@ class SAT(SupervisedObjective):
         4/255, weight decay 1e-4.
     """
 
+    take_when: ClassVar[str] = "the images have labels"
     citation: ClassVar[str] = """@inproceedings{madry2018towards,
   title     = {Towards Deep Learning Models Resistant to Adversarial Attacks},
   author    = {Madry, Aleksander and Makelov, Aleksandar and Schmidt, Ludwig and Tsipras, Dimitris and Vladu, Adrian},

@@ -23,6 +23,7 @@ class SimCLR(Objective):
     Source: Chen et al. 2020; Jiang et al. 2020, mode S2S.
     """
 
+    take_when: ClassVar[str] = "you want the non-robust baseline, or a teacher for DeACL and FARE"
     citation: ClassVar[str] = """@inproceedings{chen2020simclr,
   title     = {A Simple Framework for Contrastive Learning of Visual Representations},
   author    = {Chen, Ting and Kornblith, Simon and Norouzi, Mohammad and Hinton, Geoffrey},

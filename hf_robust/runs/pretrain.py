@@ -28,19 +28,23 @@ from hf_robust.evaluation.probe import ProbeResult
 from hf_robust.evaluation.report import EncoderReport
 from hf_robust.image_sources import MissingSplitError, find_image_column, find_label_column, open_split, read_labels
 from hf_robust.model_card import write_model_card
+from hf_robust.model_fit import check_fit
 from hf_robust.models.backbones import create_backbone
 from hf_robust.models.modeling import RobustModelForPreTraining, RobustPretrainingConfig
 from hf_robust.objectives import Objective, load_objective
-from hf_robust.objectives.base import check_fit
 from hf_robust.pretrainer import RobustPretrainer
-from hf_robust.run_facts import dataset_title, training_facts
+from hf_robust.pseudo_labels import PseudoLabels
+from hf_robust.run_facts import dataset_title, encoder_title, training_facts
 from hf_robust.runs.console import tell
 from hf_robust.runs.push import push_result
+from hf_robust.runs.students import begin_at_teacher
+from hf_robust.teachers import load_teacher
 from hf_robust.views import Views
 
 __all__ = ["main"]
 
 SHOWN = 5  # rows of examples.png
+NETWORK_FLAGS = ("projector_layers", "projector_dim", "projector_norms", "projector_norm_branches")
 PICTURES = ("curves.png", "examples.png", "coreset.png")
 
 
@@ -60,6 +64,10 @@ class Undecoded(SimpleNamespace):
 def check_before_decoding(run: PretrainRun, image_size: int) -> None:
     """Refuse what the table of the images already shows: the trainer would, but decoding may take an hour."""
     data, args = run.data, run.training
+    if run.model.pseudo_labels:
+        PseudoLabels.load(run.model.pseudo_labels)
+    if run.model.teacher and run.objective.pseudo_classes:
+        load_teacher(run.model.teacher)
     if data.dataset_name == "digits":  # decoded in a moment
         return
     table = open_split(data.dataset_name, data.split)
@@ -114,35 +122,44 @@ def model_config(
 ) -> RobustPretrainingConfig:
     """The network: backbone, norm branches, and a projector or, for supervised methods, a classifier."""
     # Too few classes are refused by a check that knows the data set's name.
-    head: dict[str, Any] = (
-        {"head": "classifier", "num_classes": max(2, classes or 0)} if objective.needs_labels else {}
-    )
-    plain: dict[str, Any] = {} if run.model.normalize else {"mean": None, "std": None}
+    head: dict[str, Any] = {"head": objective.head}
+    if objective.needs_labels:
+        head["num_classes"] = max(2, classes or 0)
+    published = dict(objective.network)
+    if run.model.normalize is not None:
+        published = {key: value for key, value in published.items() if key not in ("mean", "std")}
+        published |= {} if run.model.normalize else {"mean": None, "std": None}
+    asked = {key: getattr(run.model, key) for key in NETWORK_FLAGS if getattr(run.model, key) is not None}
     return RobustPretrainingConfig(
         architecture=run.model.backbone,
         model_args=run.model_args,
         image_size=image_size,
         norm_branches=objective.norm_branches,
-        projector_layers=run.model.projector_layers,
-        **head,
-        **plain,
+        **{**head, **published, **asked},
     )
 
 
 def build_trainer(
-    run: PretrainRun, objective: Objective, image_size: int, train: ImageDataset, evaluation: ImageDataset | None
+    run: PretrainRun,
+    objective: Objective,
+    image_size: int,
+    train: ImageDataset,
+    evaluation: ImageDataset | None,
+    student: RobustModelForPreTraining | None = None,
 ) -> RobustPretrainer:
-    """Put model, objective, attack, coreset method and data into the trainer."""
+    """Put model, objective, attack, coreset method and data into the trainer; `student` is a model with weights."""
     set_seed(run.training.seed)
     return RobustPretrainer(
-        RobustModelForPreTraining(model_config(run, objective, image_size, train.num_classes)),
+        student or RobustModelForPreTraining(model_config(run, objective, image_size, train.num_classes)),
         run.training,
         objective,
         run.attack,
         train_dataset=train,
         coreset=run.coreset,
         eval_dataset=evaluation,
-        views=Views(image_size, run.data.interpolation),
+        teacher=run.model.teacher if objective.teacher_kind == "frozen" or objective.pseudo_classes else None,
+        pseudo_labels=run.model.pseudo_labels if objective.pseudo_classes else None,
+        views=Views(image_size, run.data.interpolation, **objective.view_options),
     )
 
 
@@ -240,6 +257,8 @@ def write_report(
     objective, config = trainer.objective, trainer.encoder_model.config
     base = getattr(objective, "base", None)
     parameters = {k: v for k, v in vars(objective).items() if k != "base"} | (vars(base) if base else {})
+    parameters |= {"teacher": redact(encoder_title(run.model.teacher))} if run.model.teacher else {}
+    parameters |= {"pseudo_labels": trainer.labelling.labels.source} if trainer.labelling.labels else {}
     dataset = dataset_title(run.data.dataset_name)
     name = f"{objective.title} {config.architecture} {dataset.split('/')[-1]}"
     rows = [r.to_result(name if k == objective.title else k) for k, r in results.items()]
@@ -291,9 +310,10 @@ def start_line(run: PretrainRun, trainer: RobustPretrainer, image_size: int) -> 
     attacked = "adv" in run.objective.norm_branches
     budget = attack.title if attacked else "no attack"
     coreset = f"; coreset: {describe_coreset(trainer)}" if run.coreset.chooses else ""
+    teacher = f"; teacher: {run.model.teacher}" if run.model.teacher else ""
     return (
         f"{run.objective.title}: {run.model.backbone} {run.model_args or ''}, {images}, "
-        f"{image_size} x {image_size} pixels, {length}, {budget}{coreset}"
+        f"{image_size} x {image_size} pixels, {length}, {budget}{coreset}{teacher}"
     )
 
 
@@ -337,7 +357,8 @@ def main(argv: list[str] | None = None, **parsing: Any) -> None:
     run = parse_pretrain(argv, **parsing)
     environment = collect_environment()  # now: the source tree may have moved on when training ends
     folder = Path(str(run.training.output_dir))
-    image_size = run.data.image_size
+    run, student = begin_at_teacher(run)
+    image_size = student.config.image_size if student else run.data.image_size
     if image_size is None:
         backbone: Any = create_backbone(run.model.backbone, model_args=run.model_args)
         image_size = int(backbone.pretrained_cfg["input_size"][-1])
@@ -349,7 +370,7 @@ def main(argv: list[str] | None = None, **parsing: Any) -> None:
         raise ValueError(
             f"{stale} is of an earlier run: go on with --resume_from_checkpoint true, or give another --output_dir"
         )
-    trainer = build_trainer(run, run.objective, image_size, train, evaluation)
+    trainer = build_trainer(run, run.objective, image_size, train, evaluation, student)
     say(run, start_line(run, trainer, image_size))
     trainer.train(resume_from_checkpoint=run.training.resume_from_checkpoint)
     trainers = {run.objective.title: trainer}

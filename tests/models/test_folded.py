@@ -121,6 +121,21 @@ def test_other_configurations(config):
             torch.testing.assert_close(network.embed(x, branch), model.embed(x, branch), rtol=1e-3, atol=1e-4)
 
 
+def test_classifiers_of_a_branch_take_the_place_of_the_head_there():
+    model = trained_looking("cifar", norm_branches=("clean", "adv", "adv_ce"), branch_heads={"adv_ce": [2, 3]})
+    x, network = images(model), FoldedNetwork(model)
+    assert network.embed(x, "adv_ce").shape == (3, 5)
+    for branch in ("adv", "adv_ce"):
+        torch.testing.assert_close(network.embed(x, branch), model.embed(x, branch), atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_head_the_features_are_embedded():
+    model = trained_looking("cifar", head="none")
+    x, network = images(model), FoldedNetwork(model)
+    torch.testing.assert_close(network.embed(x, "adv"), model.features(x, "adv"), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(network.embed(x, "adv"), network.features(x, "adv"))
+
+
 def test_a_classifier_is_the_models_own():
     model = trained_looking("cifar", norm_branches=("adv",), head="classifier", num_classes=5)
     network, x = FoldedNetwork(model), images(model)

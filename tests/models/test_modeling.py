@@ -278,7 +278,7 @@ def test_features_wider_than_num_features_of_timm():
         ({"mean": None}, "mean and std go together"),
         ({"std": (0.2, 0.0, 0.2)}, "std must be positive"),
         ({"norm_branches": ("adv", "adv")}, "different identifiers"),
-        ({"head": "linear"}, "head must be 'projector' or 'classifier', got 'linear'"),
+        ({"head": "linear"}, "head must be 'projector', 'classifier' or 'none', got 'linear'"),
         ({"head": "classifier"}, "needs at least 2 classes, got num_classes=None: pass the num_classes"),
         ({"head": "classifier", "num_classes": 1}, "needs at least 2 classes, got num_classes=1"),
         ({"num_classes": 10}, "a projector has no classes, got num_classes=10: write head='classifier'"),

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from training import tiny_model
 
 from hf_robust.attacks import PGD, frozen
+from hf_robust.model_fit import check_fit
 from hf_robust.objectives.aff import AFF
 from hf_robust.objectives.autolora import AutoLoRa, autolora_weights
-from hf_robust.objectives.base import AccuracyRequest, StepContext, check_fit
+from hf_robust.objectives.base import AccuracyRequest, StepContext
 
 
 class Given(nn.Module):

@@ -6,25 +6,31 @@ import copy
 import dataclasses
 import pickle
 import re
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from training import tiny_model
+from training import tiny_model, tiny_teacher
 
 from hf_robust.attacks import PGD, frozen
 from hf_robust.finetuning_args import RobustFinetuningArguments
 from hf_robust.objectives import Objective, load_objective, objective_names
+from hf_robust.objectives.a_infonce import AInfoNCE
 from hf_robust.objectives.acl import ACL
+from hf_robust.objectives.advcl import AdvCL
 from hf_robust.objectives.aff import AFF
 from hf_robust.objectives.air import AIR
 from hf_robust.objectives.autolora import AutoLoRa
 from hf_robust.objectives.base import AccuracyRequest, StepContext
 from hf_robust.objectives.dynacl import DynACL
+from hf_robust.objectives.fare import FARE
 from hf_robust.objectives.lora import LoRA
+from hf_robust.objectives.rocl import RoCL
 from hf_robust.objectives.sat import SAT
 from hf_robust.objectives.slf import SLF
+from hf_robust.training_args import RobustTrainingArguments
 
 ATTACK = PGD(eps=8 / 255, step_size=4 / 255, steps=2)
 PROGRESS = 0.6
@@ -40,8 +46,13 @@ CONFIGURATIONS = {
     "sat_resized_crop": lambda: SAT(augmentation="resized_crop"),
     "aff_one_branch": lambda: AFF(clean_branch="adv", reference_branch="adv"),
     "aff_clean_reference": lambda: AFF(clean_branch="adv"),
+    "fare_adapter": lambda: FARE(adapter_rank=2, augmentation="padded_crop"),
+    "advcl_fixed": lambda: AdvCL(formulation="fixed", clusters=[2, 3]),
+    "a_infonce_on_rocl": lambda: AInfoNCE(RoCL(), "iphn", sigma_warmup=0.9),
+    "a_infonce_on_advcl": lambda: AInfoNCE(AdvCL(clusters=[2, 3]), "hn", infonce_formulation="released"),
     "autolora_plain_only": lambda: AutoLoRa(norm_update="plain_only", formulation="released"),
 }
+FIXED_VIEWS = ("original", "padded_crop", "resized_crop", "high_frequency")
 # A bias in front of a train-mode norm layer: its gradient is zero up to rounding, whatever the objective.
 CANCELLED = {"projector.fc1.bias"}
 
@@ -77,6 +88,7 @@ class Step:
     losses: list[tuple[float, float, float]]  # what the attack should raise: at the images, at noise, at its result
     teacher_passes: list[tuple[str, Tensor]]
     disturbed: list[str]  # what the attack did not leave as it was
+    evaluations: int = 0  # of the loss of the attack
 
 
 def state(networks: nn.Module) -> dict[str, Any]:
@@ -97,6 +109,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def draw_batch(objective: Objective, generator: torch.Generator) -> dict[str, Tensor]:
     batch = {name: torch.rand(6, 3, 8, 8, generator=generator) for name in objective.views}
+    batch |= {f"pseudo_label_{k}": (5 * torch.arange(6) + 1) % k for k in objective.pseudo_classes}
     return {**batch, "label": torch.arange(6) % 3} if objective.needs_labels else batch
 
 
@@ -120,16 +133,21 @@ def context_of(attack: Any, teacher: Any = None, progress: float = PROGRESS) -> 
 def take_step(objective: Objective, seed: int = 0, attack_seed: int = 0, **config: Any) -> Step:
     """Call the objective once, as the trainer does."""
     model = prepare(objective, **config)
-    teacher = copy.deepcopy(model).requires_grad_(False).train() if objective.teacher_kind else None
+    frozen_teacher = tiny_teacher(objective, **config)
+    teacher = copy.deepcopy(model).requires_grad_(False).train() if objective.teacher_kind == "ema" else frozen_teacher
     networks = nn.ModuleList([n for n in (model, teacher) if n is not None])
     generator = torch.Generator().manual_seed(seed)
     batch = draw_batch(objective, generator)
     noise = torch.Generator().manual_seed(attack_seed)
     step = Step(model, teacher, Wrapped(model), batch, {}, [], [], [], [])
-    if teacher is not None:
+    if objective.teacher_kind == "ema":
         teacher.register_forward_pre_hook(lambda _, inputs: step.teacher_passes.extend(inputs[0]))
 
-    def attack(loss_fn: Any, x: Tensor) -> Tensor:
+    def attack(attacked_loss: Any, x: Tensor) -> Tensor:
+        def loss_fn(images: Tensor) -> Tensor:
+            step.evaluations += 1
+            return attacked_loss(images)
+
         before = state(networks)
         with frozen(networks, eval_mode=objective.attack_in_eval_mode):
             x_adv = ATTACK(loss_fn, x, generator=noise)
@@ -142,6 +160,12 @@ def take_step(objective: Objective, seed: int = 0, attack_seed: int = 0, **confi
 
     step.terms = objective(step.wrapped, batch, context_of(attack, teacher))
     return step
+
+
+def branch_of(name: str, branches: tuple[str, ...]) -> str:
+    """Branch of a norm layer by the name of its tensors; `"shared"` for one of all branches."""
+    branch = name.split(".")[-2]
+    return branch if branch in branches else "shared"
 
 
 def rows(images: list[Tensor]) -> set[bytes]:
@@ -217,24 +241,31 @@ def test_declared_norm_branches_are_used_and_only_those(objective):
     spare = tuple(b for b in ("clean", "adv", "spare") if b not in declared)
     step = take_step(objective, norm_branches=(*declared, *spare))
     fresh = prepare(objective, norm_branches=(*declared, *spare)).state_dict()
+    if objective.teacher_kind == "frozen":
+        fresh |= tiny_teacher(objective, norm_branches=(*declared, *spare)).state_dict()
     trained = set(declared) - set(objective.idle_branches) if objective.trains == "all" else set()
     for network in filter(None, (step.model, step.teacher)):
+        trained = trained if network is step.model or objective.teacher_kind == "ema" else set()
         state_dict = network.state_dict()
         statistics = [name for name in state_dict if re.search(r"running_(mean|var)$", name)]
         moved = {name for name in statistics if not torch.equal(state_dict[name], fresh[name])}
-        assert moved == {name for name in statistics if name.split(".")[-2] in trained}
+        found = {name: branch_of(name, (*declared, *spare)) for name in statistics}
+        assert moved == {name for name in statistics if found[name] in trained or found[name] == "shared" and trained}
 
 
 def test_running_statistics_move_once_per_pass_of_the_wrapped_model(objective):
-    """No train-mode forward hides in the attack or elsewhere."""
-    step = take_step(objective, norm_branches=("clean", "adv"))
+    """No train-mode forward hides anywhere, unless the method says that it attacks in train mode."""
+    branches = tuple(dict.fromkeys((*objective.norm_branches, "clean", "adv")))
+    step = take_step(objective, norm_branches=branches)
+    times = 1 if objective.attack_in_eval_mode else 1 + step.evaluations
     teacher_passes = [branch for branch, _ in step.teacher_passes]
     for network, passes in ((step.model, passes_of(step, objective)), (step.teacher, teacher_passes)):
         if network is None:
             continue
-        expected = {b: passes.count(b) for b in ("clean", "adv")}
+        expected = {b: times * passes.count(b) for b in branches}
+        expected["shared"] = sum(n for b, n in expected.items() if b not in objective.network.get("branch_heads", {}))
         counts = {n: int(b) for n, b in network.named_buffers() if n.endswith("num_batches_tracked")}
-        assert counts == {name: expected[name.split(".")[-2]] for name in counts}
+        assert counts == {name: expected[branch_of(name, branches)] for name in counts}
 
 
 def test_the_wrapped_model_is_called_exactly_once(objective):
@@ -260,20 +291,24 @@ def test_adversarial_images_are_inside_ball_and_box_and_reach_the_network(object
     by_path: dict[str, set[bytes]] = {path: set() for path in (*objective.paths, "adv")}
     for path, images in passes:
         by_path[path] |= rows([images])
-    given = rows([images for name, images in step.batch.items() if name != "label"])
+    given = rows([step.batch[name] for name in objective.views])
     attacked = rows([x_adv for _, x_adv in step.attacked])
     assert not given & attacked
-    assert by_path.pop("adv") == attacked | (given if mixes(objective) else set())
+    reached = [by_path.pop(path) for path in list(by_path) if path.startswith("adv")]
+    expected = attacked | (given if mixes(objective) else set())
+    assert set().union(*reached) == expected and all(bool(part) is bool(expected) for part in reached)
     assert all(images <= given for images in by_path.values())
     for x, x_adv in step.attacked:
-        assert rows([x]) <= rows(list(step.batch.values()))
+        assert rows([x]) <= given
         assert bool(((x_adv - x).abs() <= ATTACK.eps + 1e-6).all()) and bool((x_adv != x).any())
         assert x_adv.min() >= 0 and x_adv.max() <= 1 and not x_adv.requires_grad
 
 
 def test_modes_flags_and_buffers_survive_the_attack(objective):
     step = take_step(objective)
-    assert step.disturbed == []
+    statistics = () if objective.attack_in_eval_mode else ("running_mean", "running_var", "num_batches_tracked")
+    assert [name for name in step.disturbed if not name.endswith(statistics)] == []
+    assert bool(step.disturbed) is not objective.attack_in_eval_mode
     fresh = prepare(objective)
     assert objective.trains != "all" or all(m.training for m in fresh.modules())
     assert [m.training for m in step.model.modules()] == [m.training for m in fresh.modules()]
@@ -376,7 +411,7 @@ def test_fields_round_trip_and_explain_themselves(objective):
 
 
 def test_declarations(objective):
-    assert objective.views and set(objective.views) <= {"view_1", "view_2", "original", "padded_crop", "resized_crop"}
+    assert objective.views and set(objective.views) <= {"view_1", "view_2", *FIXED_VIEWS}
     assert isinstance(objective.needs_labels, bool)
     assert objective.trains in ("all", "classifier", "adapter")
     assert set(objective.idle_branches) < set(objective.norm_branches)
@@ -388,15 +423,22 @@ def test_declarations(objective):
     for progress in (0.0, 0.3, 1.0):
         assert 0 <= objective.strength(progress) <= 1
     assert "Source:" in type(objective).__doc__
+    about = (sys.modules[type(objective).__module__].__doc__ or "").partition("\n")[0]
+    assert re.fullmatch(r"[\w-]+: .+\.", about), "the first line of the file is the method's line in tables"
+    assert bool(type(objective).take_when) or type(objective).needs_labels and objective.recipe
 
 
 def test_the_recipe_is_made_of_training_arguments(objective, tmp_path):
     if not objective.recipe:
-        assert objective.training_attack == PGD()
+        assert objective.training_attack == getattr(objective, "base", Objective).training_attack
         return
-    arguments = RobustFinetuningArguments.of(objective, output_dir=str(tmp_path), report_to="none")
+    folder: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none"}
+    if objective.needs_labels:
+        arguments: Any = RobustFinetuningArguments.of(objective, **folder)
+        assert objective.training_attack.steps == 10 or not objective.adversarial
+    else:
+        arguments = RobustTrainingArguments(**objective.recipe, **folder)
     assert {name: getattr(arguments, name) for name in objective.recipe} == objective.recipe
-    assert objective.training_attack.steps == 10 or not objective.adversarial
     with pytest.raises(TypeError):
         objective.recipe["learning_rate"] = 1.0
 
@@ -425,5 +467,5 @@ def test_names_are_the_files_and_every_file_holds_one_objective():
     ("name", "hint"), [("dynalc", "did you mean 'dynacl'. "), ("base", ""), ("moco", ""), ("../acl", "did you.*")]
 )
 def test_unknown_names_list_the_known_ones(name, hint):
-    with pytest.raises(ValueError, match=rf"unknown objective '{name}': {hint}known objectives are acl, .*simclr"):
+    with pytest.raises(ValueError, match=rf"unknown objective '{name}': {hint}known objectives are .*acl, .*simclr"):
         load_objective(name)
