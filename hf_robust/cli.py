@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -143,18 +144,10 @@ def parse_pretrain(
     chosen, _ = first.parse_known_args(argv)
     config = chosen.config or (str(default_config) if default_config and not chosen.dataset_name else None)
     values = read_yaml(first, config) if config else {}
-    name = str(chosen.objective or values.get("objective") or "acl")
-    base = chosen.base or values.get("base")
     written = str(values.get("coreset") or "full")
     coreset = str(chosen.coreset or written)
-    values = {key: value for key, value in values.items() if key not in ("objective", "base", "coreset")}
     try:
-        objective_type = _load_method(name)
-        base_type = _load_method(str(base or "acl")) if _has_base(objective_type) else None
-        if base and base_type is None:
-            raise ValueError(f"--base {base} has no meaning for {name}: only methods such as air stand on another")
-        if base_type is not None and _has_base(base_type):
-            raise ValueError(f"--base {base} stands on another method itself: give one that does not, such as acl")
+        objective_type, base_type, values = _methods(chosen, values)
         coreset_type, path = _coreset_type(coreset)
         if chosen.coreset:  # the file's own method may have flags that the one asked for instead has not
             meant = flag_names(_coreset_type(written)[0], _CORESET) - flag_names(coreset_type, _CORESET)
@@ -164,7 +157,7 @@ def parse_pretrain(
     methods = [t for t in (objective_type, base_type) if t]
     parser = _parser([DataArguments, ModelArguments, *methods], coreset_type, description, prog)
     published = objective_type if objective_type.recipe else base_type or objective_type  # the host's, if none is own
-    set_defaults(parser, method_defaults(published), f"the recipe of {name}")
+    set_defaults(parser, method_defaults(published), f"the recipe of {objective_type.__name__}")
     set_defaults(parser, values, config, never_null=_CORESET)
     namespace = vars(parser.parse_args(argv))
     try:
@@ -173,6 +166,31 @@ def parse_pretrain(
         return _build(namespace, objective_type, base_type, method, attack)
     except (ValueError, TypeError, ImportError) as error:
         parser.error(str(error))
+
+
+def _methods(
+    chosen: argparse.Namespace, values: dict[str, Any]
+) -> tuple[type[Objective], type[Objective] | None, dict[str, Any]]:
+    """The method, the one it stands on, and those values of the file that are not about which they are.
+
+    Where a flag asks for another method than the file, what the file says to its own method has no meaning.
+    """
+    name = str(chosen.objective or values.get("objective") or "acl")
+    objective_type = _load_method(name)
+    replaced = bool(chosen.objective) and not _has_base(objective_type)
+    base = chosen.base or (None if replaced else values.get("base"))
+    base_type = _load_method(str(base or "acl")) if _has_base(objective_type) else None
+    if base and base_type is None:
+        raise ValueError(f"--base {base} has no meaning for {name}: only methods such as air stand on another")
+    if base_type is not None and _has_base(base_type):
+        raise ValueError(f"--base {base} stands on another method itself: give one that does not, such as acl")
+    left_out = {"objective", "base", "coreset"}
+    if chosen.objective or chosen.base:
+        meant = [_load_method(str(values[key])) for key in ("objective", "base") if values.get(key)]
+        asked = [kind for kind in (objective_type, base_type) if kind]
+        theirs, ours = (set[str]().union(*map(flag_names, kinds)) for kinds in (meant, asked))
+        left_out |= theirs - ours
+    return objective_type, base_type, {key: value for key, value in values.items() if key not in left_out}
 
 
 def _coreset_type(text: str) -> tuple[type[CoresetMethod], dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -194,6 +195,29 @@ def test_unknown_keys_are_errors_with_a_suggestion(refused, config):
     assert "'xyzzy';" in message
     message = refused("--config", config("objective: simclr", "period: 0.1", "lambda1: 1"))
     assert "'lambda1' (belongs to --objective air), 'period' (belongs to --objective dynacl);" in message
+
+
+@pytest.mark.parametrize("name", [n for n in method_names(finetuning=False) if n not in ("deacl", "fare", "advcl")])
+def test_one_word_changes_the_method_of_a_file(name, config):
+    file = config("objective: air", "base: dynacl", "lambda1: 2", "period: 0.1", "seed: 3")
+    run = parse_pretrain(["--config", file, "--objective", name])
+    assert type(run.objective) is load_objective(name) and run.training.seed == 3
+    if name == "air":  # the same word again changes nothing
+        assert run.objective.lambda1 == 2 and run.objective.base.period == 0.1
+
+
+def test_another_base_leaves_out_what_the_file_says_to_its_own(config):
+    file = config("objective: air", "base: dynacl", "lambda1: 2", "period: 0.1")
+    run = parse_pretrain(["--config", file, "--base", "acl"])
+    assert run.objective.lambda1 == 2 and type(run.objective.base) is ACL
+
+
+def test_the_shipped_digits_run_takes_every_method_that_needs_no_encoder(config):
+    file = str(Path(__file__).parents[1] / "examples" / "configs" / "digits_cpu.yaml")
+    for name in ("rocl", "a_infonce", "simclr", "sat"):
+        assert parse_pretrain(["--config", file, "--objective", name]).model.projector_layers is None
+    for name in ("deacl", "fare", "advcl"):
+        assert parse_pretrain(["--config", file, "--objective", name, "--teacher", "resnet18.a1_in1k"]).model.teacher
 
 
 @pytest.mark.parametrize("line", ["1: 2", "on: 3", "help: true", "config: other.yaml", "no_normalize: true"])

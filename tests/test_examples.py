@@ -47,6 +47,7 @@ def test_a_run_leaves_everything_it_promises(example, tmp_path, capsys):
     folder = tmp_path / "out"
     command = [*QUICK, "--config", str(example.DIGITS), "--output_dir", str(folder)]
     command += ["--save_strategy", "steps", "--save_steps", "1"]
+    command += ["--cpu_threads", "1"]  # the configuration says two, for which tests beside each other would fight
     example.main(command)
     text = capsys.readouterr().out
     assert "ACL: resnet10_cifar" in text and "PGD-20, L-inf 8/255" in text
