@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_robust
 from hf_robust import commands
@@ -90,3 +92,12 @@ def test_it_starts_as_a_module_without_importing_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     done = subprocess.run([sys.executable, "-m", "hf_robust.commands", "version"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0 and done.stdout.startswith(b"hf_robust ")
+
+
+def test_a_finished_run_leaves_its_process_group(tmp_path):
+    """Threads of a group that outlives the interpreter take a finished process down now and then."""
+    store = f"file://{tmp_path / 'store'}"
+    main = partial(torch.distributed.init_process_group, "gloo", init_method=store, rank=0, world_size=1)
+    console.run_or_exit(lambda argv: main())
+    assert not torch.distributed.is_initialized()
+    console.run_or_exit(lambda argv: None)  # and one without a group ends as before

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["run_or_exit", "tell"]
+__all__ = ["leave_process_group", "run_or_exit", "tell"]
 
 
 STOPPED = 130  # exit status after Ctrl-C, as shells have it
@@ -40,3 +40,15 @@ def run_or_exit(main: Callable[..., Any], argv: list[str] | None = None, **parsi
             "--resume_from_checkpoint true\n"
         )
         sys.exit(STOPPED)
+    leave_process_group()
+
+
+def leave_process_group() -> None:
+    """End the communication between processes while the interpreter is whole.
+
+    A group that is left to the interpreter's own end has threads running by then, and one that wakes up late takes the
+    process down (`terminate called without an active exception`): the launcher reports a finished run as failed.
+    """
+    distributed = sys.modules.get("torch.distributed")  # not imported: nothing to leave
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
