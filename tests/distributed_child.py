@@ -35,6 +35,7 @@ from hf_robust.objectives.fare import FARE  # noqa: E402
 from hf_robust.objectives.lora import LoRA  # noqa: E402
 from hf_robust.objectives.rocl import RoCL  # noqa: E402
 from hf_robust.pseudo_labels import PseudoLabels  # noqa: E402
+from hf_robust.runs.console import leave_process_group  # noqa: E402
 
 torch.set_num_threads(1)
 IMAGES = 8
@@ -241,3 +242,4 @@ if __name__ == "__main__":
     kinds = {"rcs": coresets, "rcs64": selection_in_float64, "finetune": finetuning_step}
     kinds |= {"shard": sharded, "whole": sharded}
     torch.save({c: kinds.get(c.split("-")[0], step)(c) for c in cases}, f"{out}-{rank}.pt")
+    leave_process_group()

@@ -22,7 +22,7 @@ NETWORK = ["--backbone", "resnet10_cifar", "--model_args", '{"channels": [4, 8, 
 # two processes of one gloo world, forked, since most of a short run is imports
 TWO = """
 import os, sys
-from hf_robust.runs import pretrain
+from hf_robust.runs import console, pretrain
 import hf_robust.pretrainer, hf_robust.publishing, accelerate
 ranks = []
 for rank in "01":
@@ -31,7 +31,7 @@ for rank in "01":
         os.environ.update(RANK=rank, LOCAL_RANK=rank)
         for stream in (1, 2):
             os.dup2(os.open(rank, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        pretrain.main(sys.argv[1:])
+        console.run_or_exit(pretrain.main, sys.argv[1:])
         sys.exit(0)
 sys.exit(max(os.waitpid(child, 0)[1] for child in ranks) != 0)
 """
