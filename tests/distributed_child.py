@@ -1,6 +1,8 @@
-"""One gloo process of `tests/test_distributed.py`: training steps on its share of a fixed global batch, selections.
+"""The gloo processes of `tests/test_distributed.py`: training steps on a share of a fixed global batch, selections.
 
-python tests/distributed_child.py RANK WORLD PORT CASE OUT
+python tests/distributed_child.py WORLD PORT OUT CASE...
+
+All processes of a world are forked from one, which has the imports behind it: they are most of a short run.
 """
 
 from __future__ import annotations
@@ -8,37 +10,35 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
-rank, world, port, out, cases = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:]
-if world > 1:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+import torch
+from accelerate import PartialState
+from coresets.selection_task import choose, make_task
+from finetuning import tiny_arguments
+from training import tiny_images, tiny_model, tiny_rcs, tiny_trainer
 
-import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from coresets.selection_task import choose, make_task  # noqa: E402
-from finetuning import tiny_arguments  # noqa: E402
-from training import tiny_images, tiny_model, tiny_rcs, tiny_trainer  # noqa: E402
-
-from hf_robust.attacks import PGD  # noqa: E402
-from hf_robust.finetuner import RobustFinetuner  # noqa: E402
-from hf_robust.frequencies import high_pass  # noqa: E402
-from hf_robust.objectives import load_objective  # noqa: E402
-from hf_robust.objectives.a_infonce import AInfoNCE  # noqa: E402
-from hf_robust.objectives.acl import ACL  # noqa: E402
-from hf_robust.objectives.advcl import AdvCL  # noqa: E402
-from hf_robust.objectives.aff import AFF  # noqa: E402
-from hf_robust.objectives.autolora import AutoLoRa  # noqa: E402
-from hf_robust.objectives.dynacl import DynACL  # noqa: E402
-from hf_robust.objectives.fare import FARE  # noqa: E402
-from hf_robust.objectives.lora import LoRA  # noqa: E402
-from hf_robust.objectives.rocl import RoCL  # noqa: E402
-from hf_robust.pseudo_labels import PseudoLabels  # noqa: E402
-from hf_robust.runs.console import leave_process_group  # noqa: E402
+from hf_robust.attacks import PGD
+from hf_robust.finetuner import RobustFinetuner
+from hf_robust.frequencies import high_pass
+from hf_robust.objectives import load_objective
+from hf_robust.objectives.a_infonce import AInfoNCE
+from hf_robust.objectives.acl import ACL
+from hf_robust.objectives.advcl import AdvCL
+from hf_robust.objectives.aff import AFF
+from hf_robust.objectives.autolora import AutoLoRa
+from hf_robust.objectives.dynacl import DynACL
+from hf_robust.objectives.fare import FARE
+from hf_robust.objectives.lora import LoRA
+from hf_robust.objectives.rocl import RoCL
+from hf_robust.pseudo_labels import PseudoLabels
+from hf_robust.runs.console import leave_process_group
 
 torch.set_num_threads(1)
 IMAGES = 8
+world, port, out, cases = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
+rank = 0  # set in each process of the world
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +238,23 @@ def selection_in_float64(case: str) -> dict[str, Any]:
     return {"picks": found.indices.tolist(), "gains": found.gains}
 
 
+def work(found_by: dict[str, Callable[[str], Any]]) -> None:
+    """The cases of one process."""
+    if world > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.save({c: found_by.get(c.split("-")[0], step)(c) for c in cases}, f"{out}-{rank}.pt")
+    leave_process_group()
+
+
 if __name__ == "__main__":
     kinds = {"rcs": coresets, "rcs64": selection_in_float64, "finetune": finetuning_step}
     kinds |= {"shard": sharded, "whole": sharded}
-    torch.save({c: kinds.get(c.split("-")[0], step)(c) for c in cases}, f"{out}-{rank}.pt")
-    leave_process_group()
+    children = []
+    for number in range(world):
+        children.append(os.fork())
+        if children[-1] == 0:
+            rank = number
+            work(kinds)
+            sys.exit(0)
+    sys.exit(max(os.waitpid(child, 0)[1] for child in children) != 0)
