@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,16 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     if result.get("corruptions"):
         lines.append(f"Corruptions: {cell(result['corruptions'])}.")
     measured = [f"at commit {cell(result['commit'])}"] if result.get("commit") else []
+    measured += [f"on {cell(_hardware(result['hardware']))}"] if result.get("hardware") else []
     measured += [f"on {cell(result['date'])}"] if result.get("date") else []
     lines += [f"Measured {', '.join(measured)}."] if measured else []
     parts = [" ".join(lines)] if lines else []
     parts += [fenced(result["command"], "bash")] if result.get("command") else []
     return parts + [f"**Warning.** {cell(text)}" for text in result.get("warnings") or ()]
+
+
+def _hardware(known: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in known.items())
 
 
 def recipe(report: EncoderReport) -> str:
@@ -158,7 +164,6 @@ def recipe(report: EncoderReport) -> str:
     """
     training, dataset, objective = report.training, report.dataset, report.objective
     seconds = training.get("seconds")
-    hardware = ", ".join(f"{key} {value}" for key, value in report.hardware.items())
     versions = ", ".join(f"{key} {value}" for key, value in report.versions.items())
     model_args = ", ".join(f"{key}={value}" for key, value in report.model_args.items())
     rows = [
@@ -174,7 +179,7 @@ def recipe(report: EncoderReport) -> str:
         ("images", dataset.get("n_images")),
         *((key.replace("_", " "), _whole(value)) for key, value in training.items() if key != "seconds"),
         ("hours", None if seconds is None else f"{seconds / 3600:.2f}"),
-        ("hardware", hardware or None),
+        ("hardware", _hardware(report.hardware) or None),
         ("versions", versions or None),
         ("hf_robust", report.library_version),
         ("commit", report.commit),

@@ -125,6 +125,7 @@ def test_an_evaluation_brings_its_circumstances(tmp_path):
         warnings=["PGD20 broke 3 images."],
         commit="abc",
         command="hf-robust evaluate",
+        hardware={"cpu": "AMD EPYC", "cores": 2},
         date="2026-11-23",
     )
     result = evaluation.to_result("acl-digits", "fine-tuned by SLF")
@@ -139,7 +140,7 @@ def test_an_evaluation_brings_its_circumstances(tmp_path):
     assert "PGD: step 2/255, random start, cross-entropy, last iterate." in table
     assert "AutoAttack's attacks, one after the other: APGD-CE, SQUARE." in table
     assert "Corruptions: CIFAR-10-C; all 15 at 5 severities." in table
-    assert "Measured at commit abc, on 2026-11-23.\n\n```bash\nhf-robust evaluate\n```" in table
+    assert "Measured at commit abc, on cpu AMD EPYC, cores 2, on 2026-11-23.\n\n```bash\nhf-robust eval" in table
     assert "**Warning.** PGD20 broke 3 images." in table
     limits = text.split("## Limits")[1]
     assert "AutoAttack was not measured" not in limits and "rotations and patches are another matter" in limits

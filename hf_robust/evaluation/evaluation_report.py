@@ -201,6 +201,7 @@ class EvaluationReport:
             "warnings": list(self.warnings),
             "command": self.command,
             "commit": self.commit,
+            "hardware": dict(self.hardware),
             "date": self.date,
         }
         return {

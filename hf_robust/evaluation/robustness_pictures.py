@@ -103,19 +103,17 @@ def curve_remark(curve: Curve, n: int, norm: str = "linf") -> str:
         (eps, before), (next_eps, after) = rise
         return (
             f"The accuracy rises from {_percent(before)} at eps {format_eps(eps)} to {_percent(after)} at eps "
-            f"{format_eps(next_eps)}. A larger budget can only help an attack: the attack fails here, so do not "
-            "trust these accuracies (masked gradients)."
+            f"{format_eps(next_eps)} ({n} images). A larger budget can only help an attack: the attack fails here, so "
+            "do not trust these accuracies (masked gradients)."
         )
     eps, last = max(curve.items())
+    end = f"{_percent(last)} at eps {format_eps(eps)} ({n} images)"
     if _fallen(last, n):
-        return f"The accuracy falls to {_percent(last)} at eps {format_eps(eps)}, as it does where the attack works."
+        return f"The accuracy falls to {end}, as it does where the attack works."
     if norm != "linf" or eps < _LARGE_EPS:
-        return (
-            f"The accuracy is {_percent(last)} at eps {format_eps(eps)}, the largest budget tried; whether a larger "
-            "one brings it to zero is open."
-        )
+        return f"The accuracy is {end}, the largest budget tried; whether a larger one brings it to zero is open."
     return (
-        f"The accuracy is still {_percent(last)} at eps {format_eps(eps)}. On natural images that is a mark of masked "
+        f"The accuracy is still {end}. On natural images that is a mark of masked "
         "gradients: the attack fails rather than the model holding. On simple images, such as digits, it can be real; "
         "AutoAttack's last stage, which needs no gradients, tells the two apart."
     )

@@ -118,13 +118,13 @@ def test_without_counts_there_is_no_band_and_l2_has_its_own_unit(tmp_path: Path,
         ({0: 0.8, 8 / 255: 0.3, 16 / 255: 0.6, 32 / 255: 0.0}, "linf", "rises from 30.0 % at eps 8/255 to 60.0 %"),
         ({0: 0.8, 8 / 255: 0.30, 16 / 255: 0.31, 32 / 255: 0.0}, "linf", "falls to 0.0 %"),  # within the intervals
         ({0: 0.8, 32 / 255: 0.6}, "linf", "still 60.0 % at eps 32/255"),
-        ({0: 0.8, 8 / 255: 0.6}, "linf", "60.0 % at eps 8/255, the largest budget tried"),
-        ({0: 0.8, 1.0: 0.6}, "l2", "60.0 % at eps 1, the largest budget tried"),
+        ({0: 0.8, 8 / 255: 0.6}, "linf", "60.0 % at eps 8/255 (200 images), the largest budget tried"),
+        ({0: 0.8, 1.0: 0.6}, "l2", "60.0 % at eps 1 (200 images), the largest budget tried"),
     ],
 )
 def test_a_remark_reads_the_curve_as_an_expert_would(curve, norm, said):
     remark = curve_remark(curve, 200, norm)
-    assert said in remark
+    assert said in remark and "(200 images)" in remark
     assert ("masked gradients" in remark) == ("rises" in said or "still" in said)
     assert curve_doubtful(curve, 200, norm) == ("masked gradients" in remark)
 
