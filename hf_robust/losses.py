@@ -333,7 +333,7 @@ def _stretch(z: Tensor) -> Tensor:
     low = z.amin(1, keepdim=True)
     spread = (z.amax(1, keepdim=True) - low).clamp_min(1e-12)
     # The least element is 0 whatever z is. Written as (low - low) / spread, its derivative is the difference of two
-    # numbers near 1e8 (from the logarithm of 0 + 1e-8), which swallow the others: 0.5 % of the gradient in float32.
+    # numbers near 1e8 (from the logarithm of 0 + 1e-8), which swallow a part of the others in float32.
     return torch.where(z == low, 0.0, (z - low) / spread)
 
 

@@ -4,7 +4,7 @@ The method's own step is run with tensors that have shapes and no content: nothi
 and every tensor that would live is counted from its birth to its death. So the count knows of every method, every
 backbone, precision and activation checkpointing, of the similarity matrices of a contrastive loss and of the rows
 that other processes bring to it. It does not know what a library takes beside tensors: workspaces of convolutions,
-blocked weight layouts, gaps between allocations. Measured peaks on a CPU lie within `TOLERANCE` of it.
+blocked weight layouts, gaps between allocations. On a CPU tests find peaks of two networks within `TOLERANCE` of it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 0.25  # measured peaks differ from the count by at most this share of it; a suggested batch leaves it free
+TOLERANCE = 0.25  # peaks in the tests differ from the count by at most this share; a suggested batch leaves it free
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _STATES = {"lars": 1, "sgd": 1, "adamw": 2}  # values that an optimiser keeps per weight
 _MOST_PER_PIXEL = 20_000  # more than any backbone keeps per pixel and pass: below it nobody has to count

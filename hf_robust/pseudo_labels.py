@@ -30,7 +30,7 @@ __all__ = ["PSEUDO_LABELS_FILE", "Labelling", "PseudoLabels", "cluster_images"]
 logger = logging.getLogger(__name__)
 
 PSEUDO_LABELS_FILE = "pseudo_labels.safetensors"
-_STARTS = 1  # k-means of 500 clusters on 50,000 images takes minutes per start
+_STARTS = 1  # k-means of 500 clusters on 50,000 images takes long
 
 
 def batch_key(clusters: int) -> str:

@@ -13,7 +13,7 @@ Beside the accuracies of the linear probe, a record holds
 - the price: passes of the network over a view, counted, and FLOP per image (2 views); wall and processor seconds of
   the training, without those measurements. On a shared machine, compare processor seconds.
 
---size cpu (default): 8,192 images, a thin ResNet-10, 6 epochs: about an hour of processor time for 3 seeds.
+--size cpu (default): 8,192 images, a thin ResNet-10, 6 epochs; times: docs/methods/attack_schedules.md.
 --size published: the whole CIFAR-10 training set, ResNet-18, 1000 epochs, for GPUs.
 """
 

@@ -9,7 +9,7 @@ start it again after a kill and it goes on; start it in a second terminal and bo
 `--probe_every 1` every run is probed after each epoch (2,000 training and 1,000 test images; the time of a probe is
 not counted), and `report` draws learning curves over time, too. For one method only: `--only acl-full-`.
 
---size cpu (default): 8,192 images, a thin ResNet-10, 12 epochs: about 2.5 hours of processor time, half on two cores.
+--size cpu (default): 8,192 images, a thin ResNet-10, 12 epochs; times: docs/results.md.
 --size published: the whole CIFAR-10 training set, ResNet-18, 1000 epochs, for GPUs.
 
 Times are given in wall seconds and in processor seconds of the process: on a shared machine, compare the latter.

@@ -18,7 +18,7 @@ What is held equal: training images, number of epochs (autolora and aff), test i
 not: autolora measures accuracy on the held-out images, vanilla modes never see these.
 
 --size published: all images, epochs, batches and rates as published (autolora 50 epochs, the others 25), for GPUs.
---size cpu (default): an hour or so on two cores with a thin ResNet-10. Ours: 2,560 training images and 256 held out;
+--size cpu (default): a thin ResNet-10; times: docs/results.md. Ours: 2,560 training images and 256 held out;
     8 epochs; milestones at the published shares of the run; linear modes at batch 64 and rate 0.03, because at the
     published batch of 512 and rate of 0.01 a head that starts at zero would stop far from where it goes in 40 steps
     (on other training images, clean accuracy was the same from 0.01 to 0.1); ++ at batch 128; bfloat16 (measurements

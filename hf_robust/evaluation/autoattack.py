@@ -135,8 +135,8 @@ def autoattack(
         labels (`torch.Tensor` of shape `(N,)`): true classes in [0, K).
         eps (`float`, defaults to 8/255): budget, pixels in [0, 1]; for `"l2"` and `"l1"` of one whole image.
         norm (`str`, defaults to `"linf"`): `"linf"`, `"l2"` or `"l1"`.
-        preset (`str`, defaults to `"standard"`): `"standard"` is AutoAttack; `"fast"` its two APGD attacks (about a
-            third of the work, an upper bound); `"smoke"` all attacks cut short, to try a pipeline.
+        preset (`str`, defaults to `"standard"`): `"standard"` is AutoAttack; `"fast"` its two APGD attacks (less
+            work, an upper bound); `"smoke"` all attacks cut short, to try a pipeline.
         batch_size (`int`, defaults to 128): images per batch.
         seed (`int`, defaults to 0): of every attack on every batch, as the authors do it.
         state_file (`str` or `Path`, *optional*): where to note each finished batch (`.npz`); the same call goes on

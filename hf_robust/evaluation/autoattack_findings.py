@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["Findings", "explain"]
 
-LOSS_GAP = 0.10  # ours: honest models lose 1 to 5 points between the two APGD attacks, saturated ones far more
+LOSS_GAP = 0.10  # ours: honest models lose less between the two APGD attacks, saturated ones far more
 SQUARE_GAIN = 0.002  # the authors' own limit
 BLIND_SHARE = 0.10  # ours: a rare exact zero happens, at a pixel on the edge of [0, 1] with dead units
 
