@@ -86,7 +86,7 @@ def _draw_losses(axis: Any, runs: Mapping[str, History], chance: float | None) -
     _legend(axis)
 
 
-def _draw_noisy(axis: Any, x: list[float], y: list[float], colour: str, style: str, label: str) -> None:
+def _draw_noisy(axis: Any, x: list[float], y: list[float], colour: str, style: Any, label: str) -> None:
     """Draw a series; a long one as its running mean over a pale trace of the values."""
     window = len(y) // 25
     if window >= 3:
@@ -96,7 +96,7 @@ def _draw_noisy(axis: Any, x: list[float], y: list[float], colour: str, style: s
             sums.append(sums[-1] + value)
         ends = [(max(0, i - window), min(len(y), i + window + 1)) for i in range(len(y))]
         y = [(sums[end] - sums[start]) / (end - start) for start, end in ends]
-    axis.plot(x, y, style, color=colour, label=label, marker="o" if len(y) <= 12 else "")
+    axis.plot(x, y, linestyle=style, color=colour, label=label, marker="o" if len(y) <= 12 else "")
 
 
 def _draw_accuracies(axis: Any, runs: Mapping[str, History], chance: float | None) -> None:
@@ -107,7 +107,7 @@ def _draw_accuracies(axis: Any, runs: Mapping[str, History], chance: float | Non
             if y:
                 colour, style = COLOURS[number % len(COLOURS)], STYLES[index % len(STYLES)]
                 label = _label(run, _metric_label(key))
-                axis.plot(x, y, style, color=colour, label=label, marker="o" if len(y) <= 40 else "")
+                axis.plot(x, y, linestyle=style, color=colour, label=label, marker="o" if len(y) <= 40 else "")
     if chance is not None:
         axis.axhline(chance, color=MUTED, linewidth=1.0, linestyle=(0, (1, 2)), label="chance", zorder=1)
     axis.set_ylim(-0.03, 1.03)
@@ -125,7 +125,9 @@ def _draw_weights(axis: Any, runs: Mapping[str, History], chance: float | None) 
                 label = _label(run, _WEIGHT_NAMES[key])
                 # a weight holds until the next measurement
                 marker = "o" if len(y) <= 12 else ""
-                axis.plot(x, y, STYLES[index], color=colour, label=label, drawstyle="steps-post", marker=marker)
+                axis.plot(
+                    x, y, linestyle=STYLES[index], color=colour, label=label, drawstyle="steps-post", marker=marker
+                )
     axis.set_ylim(bottom=0)
     axis.set_ylabel("weight")
     _legend(axis)

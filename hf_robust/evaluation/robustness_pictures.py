@@ -148,7 +148,7 @@ def _draw_curve(axis: Any, name: str, curve: Curve, n: int | None, number: int, 
     if n:
         low, high = zip(*(binomial_interval(value, n) for value in y), strict=True)
         axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-    axis.plot(x, y, style, marker="o", color=colour, label=_shortened(name, 34))
+    axis.plot(x, y, linestyle=style, marker="o", color=colour, label=_shortened(name, 34))
 
 
 def _finish_curve(axis: Any, end: float, norm: str, legend: bool) -> None:

@@ -113,3 +113,12 @@ def test_ticks_of_a_loss_that_falls_far_are_numbers(tmp_path: Path, figures: lis
     plot_curves([{"loss": 10.0**-i, "epoch": float(i)} for i in range(4)], tmp_path / "curves.png")
     axis = figures[0].axes[0]
     assert axis.get_yscale() == "log" and {"1", "0.1", "0.01", "0.001"} <= set(ticks(axis))
+
+
+def test_five_loss_terms_of_two_runs_are_told_apart(tmp_path: Path, figures: list[Any]) -> None:
+    """ACL-AIR has so many; the colour says whose they are."""
+    terms = {f"loss_{name}": 1.0 for name in ("clean", "adversarial", "standard_invariance", "robust_invariance")}
+    runs = {name: [{"loss": 2.0, **terms, "epoch": e, "step": e} for e in (1.0, 2.0)] for name in ("a", "b")}
+    plot_curves(runs, tmp_path / "curves.png")
+    lines = figures[0].axes[0].get_lines()
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == len(lines) == 10
