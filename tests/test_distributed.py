@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,7 +37,12 @@ def free_port() -> int:
 def run(world: int, cases: list[str], out: Path) -> list[dict]:
     """Run one world of processes; per rank, what each case found."""
     command = [sys.executable, TESTS / "distributed_child.py", str(world), str(free_port()), str(out), *cases]
-    subprocess.run(command, check=True, timeout=280)
+    with subprocess.Popen(command, start_new_session=True) as parent:
+        try:
+            assert parent.wait(timeout=280) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(parent.pid, signal.SIGKILL)  # the forked ones, too
+            raise
     return [torch.load(f"{out}-{r}.pt", weights_only=True) for r in range(world)]
 
 

@@ -16,7 +16,7 @@ __all__ = ["COLOURS", "GRID", "INK", "MUTED", "STYLES", "picture_style", "save_p
 INK, MUTED, GRID = "#1f2933", "#67727e", "#e3e7ec"
 # Okabe and Ito's colours: also told apart by colour-blind readers; yellow is left out, it vanishes on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
-STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (9, 3)))  # a method has up to five loss terms
+STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))  # five loss terms at most
 
 
 @contextlib.contextmanager
