@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -57,6 +58,9 @@ def peak_of(action: Callable[[], object], device: torch.device | str) -> int:
 def child_peak(name: str, arguments: Sequence[str]) -> int | None:
     """The peak of one variant in a fresh process: what another variant has left behind does not count.
 
+    Where the C library is glibc, the process gives tensors of 64 KiB and more back to the system when they die. By
+    itself glibc keeps gaps between them, a quarter and more of the peak, in a size that differs from run to run.
+
     Args:
         name (`str`): of the variant, `"acl/bf16/eager"`.
         arguments (`Sequence[str]`): of `python -m benchmarks`.
@@ -65,6 +69,7 @@ def child_peak(name: str, arguments: Sequence[str]) -> int | None:
         `int`, *optional*: bytes; `None` when the process failed.
     """
     command = [sys.executable, "-m", "benchmarks", *arguments, "--peak_of", name]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     return int(json.loads(lines[-1].removeprefix(MARK))) if done.returncode == 0 and lines else None
