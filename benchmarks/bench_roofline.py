@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.ceilings import KINDS, Convolutions, gemm_peak
 from benchmarks.comparison import wanted
 from benchmarks.harness import DISTURBED, Action, Reading, interleave, others_share, ratio, timer_for
-from benchmarks.setting import DTYPES, batch_of, build_model, library_step
+from benchmarks.setting import DTYPES, batch_of, build_model, library_step, modes
 from hf_robust.objectives.acl import ACL
 
 NAMES = ("roofline",)
@@ -23,18 +23,19 @@ PASSES = dict(zip(KINDS, (7, 7, 2), strict=True))
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One result per precision."""
+    """One result per precision and mode."""
     if not wanted(options, NAMES):
         return []
-    return [_roofline(options, dtype) for dtype in options.dtype if options.budget.allows()]
+    return [result for dtype in options.dtype if options.budget.allows() for result in _roofline(options, dtype)]
 
 
-def _roofline(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
+def _roofline(options: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     objective, images = ACL(), options.batch_size or BATCH
     convolutions = Convolutions(build_model(options, objective), 2 * images, DTYPES[dtype])
-    step = library_step(options, objective, batch_of(options, objective, images), dtype=dtype)
+    batch = batch_of(options, objective, images)
     actions: dict[str, Action] = {kind: convolutions.action(kind) for kind in KINDS}
-    actions["step"] = step
+    for mode in modes(options):
+        actions[mode] = library_step(options, objective, batch, dtype=dtype, mode=mode)
     for action in actions.values():
         action()
     readings = interleave(
@@ -45,19 +46,21 @@ def _roofline(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
         title=f"roofline/{dtype}",
         quiet=options.quiet,
     )
-    return summary(readings, convolutions.flop, dtype, gemm_peak(DTYPES[dtype], options.device, options.gemm))
+    peak = gemm_peak(DTYPES[dtype], options.device, options.gemm)
+    return [summary(readings, mode, convolutions.flop, dtype, peak) for mode in modes(options)]
 
 
-def summary(readings: dict[str, list[Reading]], flop: float, dtype: str, peak: float) -> dict[str, Any]:
+def summary(readings: dict[str, list[Reading]], mode: str, flop: float, dtype: str, peak: float) -> dict[str, Any]:
     """Floor, fraction reached and rates.
 
     Args:
-        readings (`dict[str, list[Reading]]`): of the three kinds of pass and of `"step"`, by round.
+        readings (`dict[str, list[Reading]]`): of the three kinds of pass and of every mode's step, by round.
+        mode (`str`): whose step is meant.
         flop (`float`): of one pass.
         dtype (`str`): of the name.
         peak (`float`): FLOP per second of matrix products.
     """
-    steps = readings["step"]
+    steps = readings[mode]
     floors = [
         Reading(
             *(sum(n * getattr(readings[kind][r], clock) for kind, n in PASSES.items()) for clock in ("wall", "cpu"))
@@ -67,9 +70,9 @@ def summary(readings: dict[str, list[Reading]], flop: float, dtype: str, peak: f
     found = ratio(floors, steps)
     middle = len(steps) // 2
     rates = {kind: flop / max(sorted(r.wall for r in readings[kind])[middle], 1e-9) for kind in KINDS}
-    share = others_share([r for values in readings.values() for r in values], os.cpu_count() or 1)
+    share = others_share([r for name in (*KINDS, mode) for r in readings[name]], os.cpu_count() or 1)
     return {
-        "name": f"roofline/{dtype}",
+        "name": f"roofline/{dtype}/{mode}",
         "ratio": found.median,
         "ratio_min": found.low,
         "ratio_max": found.high,

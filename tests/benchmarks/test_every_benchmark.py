@@ -119,10 +119,12 @@ def test_roofline_adds_up():
         "forward": seconds(1.0, 2.0, 1.0),
         "input gradient": seconds(1.0, 2.0, 1.0),
         "weight gradient": seconds(2.0, 4.0, 2.0),
-        "step": seconds(20.0, 45.0, 36.0),
+        "eager": seconds(20.0, 45.0, 36.0),
+        "compiled": seconds(36.0, 72.0, 36.0),
     }
-    found = bench_roofline.summary(readings, 3e9, "fp32", 1e10)
+    found = bench_roofline.summary(readings, "eager", 3e9, "fp32", 1e10)
     assert (found["ratio"], found["ratio_min"], found["ratio_max"]) == (0.8, 0.5, 0.9)  # floors 18, 36, 18
+    assert bench_roofline.summary(readings, "compiled", 3e9, "fp32", 1e10)["ratio"] == 0.5
     assert found["floor_seconds"] == 18.0 and found["convolution_flop_per_second"]["weight gradient"] == 1.5e9
 
 
@@ -144,7 +146,8 @@ def test_convolutions_are_those_of_the_network():
 
 
 def test_roofline_runs():
-    assert set(run("--only", "roofline", "--dtype", "bf16")) == {"roofline/bf16"}
+    found = run("--only", "roofline", "--dtype", "bf16", "--mode", "eager", "no_fold")
+    assert set(found) == {"roofline/bf16/eager", "roofline/bf16/no_fold"}
     assert gemm_peak(torch.float32, "cpu", 32) > 0
 
 
