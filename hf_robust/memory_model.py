@@ -4,7 +4,7 @@ The method's own step is run with tensors that have shapes and no content: nothi
 and every tensor that would live is counted from its birth to its death. So the count knows of every method, every
 backbone, precision and activation checkpointing, of the similarity matrices of a contrastive loss and of the rows
 that other processes bring to it. It does not know what a library takes beside tensors: workspaces of convolutions,
-blocked weight layouts, gaps between allocations. On a CPU tests find peaks of two networks within a tenth of it when
+blocked weight layouts, gaps between allocations. On a CPU tests find peaks of two networks within a fifth of it when
 the C library leaves no gaps (glibc: `MALLOC_MMAP_THRESHOLD_=65536` in the environment). By itself glibc does: a third
 more, and with activation checkpointing half more, is what a process may take.
 """
