@@ -19,10 +19,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from hf_robust.attacks import LossFn, frozen
+from hf_robust.device_memory import device_memory
 from hf_robust.losses import pretended
 from hf_robust.objectives.base import Objective, StepContext
 
@@ -39,7 +38,6 @@ __all__ = [
     "StepMemory",
     "check_memory",
     "check_training_memory",
-    "free_memory",
     "step_memory",
     "suggest_batch_size",
 ]
@@ -246,7 +244,7 @@ def suggest_batch_size(
     Returns:
         `int`: a multiple of 8 from 16 on, smaller ones as they come; 0 when not even two images fit.
     """
-    room = free_memory(next(model.parameters()).device) if memory is None else memory
+    room = device_memory(next(model.parameters()).device)[0] if memory is None else memory
 
     def fits(images: int) -> bool:
         found = step_memory(model, objective, images, precision=precision, optimizer=optimizer, processes=processes)
@@ -258,46 +256,6 @@ def suggest_batch_size(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(sizes[middle]) else (low, middle - 1)
     return sizes[low] if low >= 0 else 0
-
-
-def _limit_of_container() -> tuple[int, int] | None:
-    """Bytes that this process's control group may use and has used; `None` without a limit."""
-    root = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = (root / limit).read_text().strip(), (root / used).read_text().strip()
-        except OSError:
-            continue
-        if most.isdigit() and int(most) < 2**60:
-            return int(most), int(now)
-    return None
-
-
-def free_memory(device: torch.device | str) -> int:
-    """Bytes that a process could still get on a device; on a CPU of the machine or its container.
-
-    Args:
-        device (`torch.device` or `str`): a CPU or an accelerator.
-    """
-    return _memory(torch.device(device))[0]
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are free, and all there are."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
-    if device.type == "mps":
-        total = torch.mps.recommended_max_memory()
-        return total - torch.mps.driver_allocated_memory(), total
-    host = psutil.virtual_memory()
-    limit = _limit_of_container()
-    if limit is None:
-        return host.available, host.total
-    return min(host.available, max(0, limit[0] - limit[1])), min(host.total, limit[0])
 
 
 def check_memory(
@@ -331,7 +289,7 @@ def check_memory(
             otherwise end processes, maybe others than this one.
     """
     device = next(model.parameters()).device
-    free, total = (value // sharing for value in _memory(device))
+    free, total = (value // sharing for value in device_memory(device))
     views = len(objective.views) * max(1, len(objective.paths))
     most = views * batch_size * model.config.image_size**2 * _MOST_PER_PIXEL * 4
     if most + 8 * _bytes(model) <= free // 4:

@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "optim",
         "auto_lr",
         "crops",
+        "device_memory",
         *("models.norm", "models.heads"),
         "image_decoding",
         "image_sources",
