@@ -59,7 +59,7 @@ def child_peak(name: str, arguments: Sequence[str]) -> int | None:
     """The peak of one variant in a fresh process: what another variant has left behind does not count.
 
     Where the C library is glibc, the process gives tensors of 64 KiB and more back to the system when they die. By
-    itself glibc keeps gaps between them, a quarter and more of the peak, in a size that differs from run to run.
+    itself glibc keeps gaps between them, in a size that differs from run to run.
 
     Args:
         name (`str`): of the variant, `"acl/bf16/eager"`.

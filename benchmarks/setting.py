@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from transformers import PrinterCallback
 
@@ -49,7 +51,7 @@ _MODES: dict[str, dict[str, Any]] = {
 
 
 def modes(options: argparse.Namespace) -> list[str]:
-    """Modes of the library's side: eager, and what was asked for.
+    """Modes of the library's side: what was asked for, eager when nothing was.
 
     Args:
         options (`argparse.Namespace`): has `mode`.
@@ -164,6 +166,32 @@ def library_step(
     Raises:
         ValueError: when the library refuses the mode.
     """
+    with _shared_state():
+        return _library_step(options, objective, batch, dtype, mode, attack)
+
+
+@contextlib.contextmanager
+def _shared_state() -> Iterator[None]:
+    """What trainers share in a process stays as it was when one is refused: steps that were made before go on."""
+    states: Any = (AcceleratorState._shared_state, PartialState._shared_state)
+    kept = [dict(state) for state in states]
+    try:
+        yield
+    except Exception:
+        for state, values in zip(states, kept, strict=True):
+            state.clear()
+            state.update(values)
+        raise
+
+
+def _library_step(
+    options: argparse.Namespace,
+    objective: Objective,
+    batch: Mapping[str, Tensor],
+    dtype: str,
+    mode: str,
+    attack: PGD | None,
+) -> LibraryStep:
     model: Any = build_model(options, objective)
     if "lora" in objective.paths:
         values: Any = objective

@@ -151,6 +151,13 @@ def test_roofline_runs():
     assert gemm_peak(torch.float32, "cpu", 32) > 0
 
 
+@pytest.mark.parametrize("name", ["roofline", "acl"])
+def test_a_mode_that_is_refused_is_left_out_and_the_others_go_on(name, capsys):
+    refused = ["--mode", "eager", "compiled", "--training_args", '{"gradient_checkpointing": true}']
+    assert set(run("--only", name, "--dtype", "fp32", *refused)) == {f"{name}/fp32/eager"}
+    assert f"{name}/fp32/compiled: left out: gradient_checkpointing=True" in capsys.readouterr().err
+
+
 def test_a_preset_gives_way_to_flags():
     known = list(command.modules())
     options = command.parse(["--preset", "gpu_short", "--device", "cpu", "--batch_size", "4"], known)
