@@ -5,8 +5,7 @@ and every tensor that would live is counted from its birth to its death. So the 
 backbone, precision and activation checkpointing, of the similarity matrices of a contrastive loss and of the rows
 that other processes bring to it. It does not know what a library takes beside tensors: workspaces of convolutions,
 blocked weight layouts, gaps between allocations. On a CPU tests find peaks of two networks within a fifth of it when
-the C library leaves no gaps (glibc: `MALLOC_MMAP_THRESHOLD_=65536` in the environment). By itself glibc does: a third
-more, and with activation checkpointing half more, is what a process may take.
+the C library leaves no gaps; what gaps take is said in docs/guides/large_data.md.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 0.35  # of the count: taken by gaps between tensors and by workspaces; a suggested batch leaves it free
+TOLERANCE = 0.35  # of the count: left free by a suggested batch, for gaps between tensors and for workspaces
+_TOO_HIGH = 0.25  # of the count: with activation checkpointing peaks lie below it; what is refused cannot fit
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _STATES = {"lars": 1, "sgd": 1, "adamw": 2}  # values that an optimiser keeps per weight
 _MOST_PER_PIXEL = 20_000  # more than any backbone keeps per pixel and pass: below it nobody has to count
@@ -285,8 +285,8 @@ def check_memory(
         [`StepMemory`], *optional*: what was found.
 
     Raises:
-        ValueError: if the step needs more than the device has, `TOLERANCE` allowed for: on a CPU the system would
-            otherwise end processes, maybe others than this one.
+        ValueError: if the step needs more than the device has, a quarter of the count allowed for: on a CPU the system
+            would otherwise end processes, maybe others than this one.
     """
     device = next(model.parameters()).device
     free, total = (value // sharing for value in device_memory(device))
@@ -313,7 +313,7 @@ def check_memory(
         f"weights and data ({each}), and {_gib(free)} are free on {device}"
         f"{f' for each of {sharing} processes' if sharing > 1 else ''}: {_way_out(fitting)}"
     )
-    if found.total * (1 - TOLERANCE) > total:
+    if found.total * (1 - _TOO_HIGH) > total:
         raise ValueError(text)
     if first:
         logger.warning("%s", text)

@@ -164,6 +164,18 @@ def test_the_trainer_warns_with_a_batch_that_fits_and_trains_on(machine, monkeyp
     assert trainer.state.global_step == 1
 
 
+def test_a_step_is_refused_when_three_quarters_of_its_count_are_more_than_all_there_is(machine, caplog):
+    model = tiny_model(ACL())
+    most = step_memory(model, ACL(), 64).total * 3 // 4
+    machine(2**16, most + 1)
+    with caplog.at_level(logging.WARNING, LOGGER):
+        assert check_memory(model, ACL(), 64) is not None
+    assert len(caplog.records) == 1
+    machine(2**16, most - 1)
+    with pytest.raises(ValueError, match="is foreseen to need"):
+        check_memory(model, ACL(), 64)
+
+
 def test_a_step_larger_than_the_machine_is_refused_before_training(machine, monkeypatch, tmp_path):
     machine(2**16, 2**16)
     monkeypatch.setattr(memory_model, "suggest_batch_size", lambda *a, **k: 0)
