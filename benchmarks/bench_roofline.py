@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Any
 
 from benchmarks.ceilings import KINDS, Convolutions, gemm_peak
-from benchmarks.comparison import wanted
+from benchmarks.comparison import in_time, or_left_out, wanted
 from benchmarks.harness import DISTURBED, Action, Reading, interleave, others_share, ratio, timer_for
 from benchmarks.setting import DTYPES, batch_of, build_model, library_step, modes
 from hf_robust.objectives.acl import ACL
@@ -38,19 +37,18 @@ def _roofline(options: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     actions: dict[str, Action] = {kind: convolutions.action(kind) for kind in KINDS}
     for action in actions.values():
         action()
-    for number, mode in enumerate(modes(options)):
-        if number and not options.budget.allows():
-            print(f"roofline/{dtype}/{mode}: left out, the time of this run is over", file=sys.stderr)
-            continue
-        try:
-            step = library_step(options, objective, batch, dtype=dtype, mode=mode)
-            step()
-        except (ValueError, NotImplementedError) as error:
-            print(f"roofline/{dtype}/{mode}: left out: {error}", file=sys.stderr)
-            continue
-        actions[mode] = step
+    steps: dict[str, Action] = {}
+    for mode in modes(options):
+        name = f"roofline/{dtype}/{mode}"
+        if not steps or in_time(options, name):
+            with or_left_out(name):
+                step = library_step(options, objective, batch, dtype=dtype, mode=mode)
+                step()
+                steps[mode] = step
+    if not steps:
+        return []
     readings = interleave(
-        actions,
+        actions | steps,
         options.rounds,
         timer_for(options.device),
         budget=options.budget,
@@ -58,7 +56,7 @@ def _roofline(options: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
         quiet=options.quiet,
     )
     peak = gemm_peak(DTYPES[dtype], options.device, options.gemm)
-    return [summary(readings, mode, convolutions.flop, dtype, peak) for mode in actions if mode not in KINDS]
+    return [summary(readings, mode, convolutions.flop, dtype, peak) for mode in steps]
 
 
 def summary(readings: dict[str, list[Reading]], mode: str, flop: float, dtype: str, peak: float) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from benchmarks.memory import child_peak, peak_of
 from benchmarks.setting import DTYPES, library_step, modes
 from hf_robust.objectives import Objective
 
-__all__ = ["compare", "library_cases", "wanted"]
+__all__ = ["compare", "in_time", "library_cases", "or_left_out", "wanted"]
 
 
 def wanted(options: argparse.Namespace, names: Sequence[str], group: str | None = None) -> list[str]:
@@ -104,24 +105,46 @@ def _one(options: argparse.Namespace, title: str, cases: Sequence[Case]) -> list
     return results
 
 
+def in_time(options: argparse.Namespace, name: str) -> bool:
+    """Whether a variant may still be set up; says so when the time of this run is over.
+
+    Args:
+        options (`argparse.Namespace`): has `budget`.
+        name (`str`): of the variant.
+    """
+    allowed = options.budget.allows()
+    if not allowed:
+        _say(f"{name}: left out, the time of this run is over")
+    return allowed
+
+
+@contextlib.contextmanager
+def or_left_out(name: str) -> Iterator[None]:
+    """Around setting up a variant: what the library refuses is left out, with its reason.
+
+    Args:
+        name (`str`): of the variant.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        _say(f"{name}: left out: {error}")
+
+
 def _set_up(options: argparse.Namespace, cases: Sequence[Case]) -> tuple[dict[str, Action], dict[str, float]]:
     """Build every variant and call it, once or (on a GPU) more often; what is refused is left out, with its reason."""
     actions: dict[str, Action] = {}
     flops: dict[str, float] = {}
     for number, case in enumerate(cases):
-        if number > 1 and not options.budget.allows():
-            _say(f"{case.name}: left out, the time of this run is over")
+        if number > 1 and not in_time(options, case.name):
             continue
-        try:
+        with or_left_out(case.name):
             action = case.build()
             if case.counted:
                 flops[case.name] = count_flops(action)
             for _ in range(3 if options.device == "cuda" else 0 if case.counted else 1):
                 action()
-        except (ValueError, NotImplementedError) as error:
-            _say(f"{case.name}: left out: {error}")
-            continue
-        actions[case.name] = action
+            actions[case.name] = action
     for case in cases:  # compiled code computes what the eager code computes
         if case.name in actions and not case.counted:
             like = [other.name for other in cases[1:] if other.counted and other.name in flops]

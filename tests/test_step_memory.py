@@ -12,7 +12,7 @@ from benchmarks.setting import build_model
 from hf_robust.memory_model import step_memory
 from hf_robust.objectives.acl import ACL
 
-NEAR = 0.2  # of the count; workspaces and blocked weights, which the count does not know, took 8 % at most
+NEAR = 0.2  # of the count; workspaces and blocked weights, which the count does not know, are a small part
 
 
 def foreseen(arguments, precision):
